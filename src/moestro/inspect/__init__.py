@@ -1,0 +1,38 @@
+"""From what a run recorded to a number, a table or a page: statistics, specialisation, the report."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moestro.inspect.report import write_report
+    from moestro.inspect.specialisation import SpecialisationCounter
+    from moestro.inspect.statistics import LayerTally, layer_statistics, routing_record
+    from moestro.inspect.strip import load_strip
+
+_HOMES = {
+    "LayerTally": "statistics",
+    "SpecialisationCounter": "specialisation",
+    "layer_statistics": "statistics",
+    "load_strip": "strip",
+    "routing_record": "statistics",
+    "write_report": "report",
+}
+
+__all__ = [
+    "LayerTally",
+    "SpecialisationCounter",
+    "layer_statistics",
+    "load_strip",
+    "routing_record",
+    "write_report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: the report reads files and needs no torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'moestro.inspect' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"moestro.inspect.{_HOMES[name]}"), name)

@@ -1,0 +1,178 @@
+"""What one layer's router did, as a few numbers: load, entropy, margin, drops and dead experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moestro.routing import Decision, SparseRouting
+
+
+def layer_statistics(decisions: Decision | Iterable[Decision]) -> dict[str, Any]:
+    """Describes the routing of one layer over one decision or many; padding tokens do not count.
+
+    Many decisions are summed before anything is divided, so the answer is that of one long batch.
+
+    Returns:
+        a dictionary of plain numbers, ready for JSON (`None` where the router does not define the number):
+        `load` [experts], shares that sum to 1: of the choices before capacity (token choice), of the taken
+        tokens (expert choice), of the combine weight (soft and merging routing);
+        `entropy`, mean over tokens of the entropy of the router's probabilities, in nats, scores such as
+        sigmoids being divided by their sum first; `margin`, mean gap between the k-th and the k+1-th
+        probability of a token (token choice only); `dropped`, share of the choices that capacity or another
+        policy dropped, or, where experts choose, share of the tokens that no expert took;
+        `dead`, number of experts below `dead_threshold`; `experts_per_token`; `tokens`.
+    """
+    decisions = [decisions] if isinstance(decisions, Decision) else list(decisions)
+    if not decisions:
+        raise ValueError("no decision to describe; record at least one batch with RoutingLog.recording()")
+    tally = LayerTally()
+    for decision in decisions:
+        tally.add(decision)
+    return tally.result()
+
+
+def routing_record(step: int, decisions: Mapping[str, Decision | Iterable[Decision]]) -> dict[str, Any]:
+    """One line of routing.jsonl: the statistics of every layer at a training step.
+
+    Args:
+        step: optimiser steps done.
+        decisions: what `RoutingLog.decisions` holds, by layer name in model order.
+    """
+    layers = [{"name": name, **layer_statistics(of_layer)} for name, of_layer in decisions.items()]
+    return {"step": step, "layers": layers}
+
+
+def dead_threshold(num_experts: int, experts_per_token: float) -> float:
+    """The share of a layer's tokens below which an expert counts as dead.
+
+    1 % of the tokens; a quarter of the fair share k / experts where that is less, since with hundreds of
+    experts even a perfectly even load gives each of them about 1 %.
+    """
+    return min(0.01, experts_per_token / num_experts / 4)
+
+
+def dead_experts(load: Iterable[float], experts_per_token: float) -> list[int]:
+    """The experts whose share of the tokens lies below the threshold; `load` [experts] sums to 1."""
+    load = list(load)
+    threshold = dead_threshold(len(load), experts_per_token) if load else 0.0
+    return [expert for expert, share in enumerate(load) if share * experts_per_token < threshold]
+
+
+class LayerTally:
+    """Sums over the decisions of one layer, from which `layer_statistics` is divided at the end."""
+
+    def __init__(self) -> None:
+        self.load: Tensor | None = None  # [experts] float64, on the CPU
+        self.tokens = 0
+        self.sums: dict[str, float] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, decision: Decision) -> None:
+        """Adds one batch's decision."""
+        valid = valid_tokens(decision)
+        _, expert, amount = chosen_pairs(decision)
+        load = torch.bincount(expert, amount, minlength=decision.routing.num_experts).double()
+        self.load = load if self.load is None else self.load + load
+        self.tokens += int(valid.sum())
+        self._add("entropy", _entropy(decision, valid))
+        self._add("margin", _margin(decision, valid))
+        self._add("dropped", _dropped(decision, valid))
+
+    def _add(self, name: str, values: Tensor | None) -> None:
+        if values is not None:
+            self.sums[name] = self.sums.get(name, 0.0) + float(values.double().sum())
+            self.counts[name] = self.counts.get(name, 0) + values.numel()
+
+    def _mean(self, name: str) -> float | None:
+        return _brief(self.sums[name] / self.counts[name]) if self.counts.get(name) else None
+
+    def result(self) -> dict[str, Any]:
+        """The statistics of everything added so far; see `layer_statistics`."""
+        assert self.load is not None, "add a decision first"
+        total = float(self.load.sum())
+        shares = (self.load / max(total, 1e-300)).tolist()
+        per_token = total / max(self.tokens, 1)
+        return {
+            "load": [_brief(share) for share in shares],
+            "entropy": self._mean("entropy"),
+            "margin": self._mean("margin"),
+            "dropped": self._mean("dropped"),
+            "dead": len(dead_experts(shares, per_token)),
+            "experts_per_token": _brief(per_token),
+            "tokens": self.tokens,
+        }
+
+
+def valid_tokens(decision: Decision) -> Tensor:
+    """Which tokens are text rather than padding, `[tokens]` bool on the CPU."""
+    valid = decision.notes.get("valid")
+    if valid is None:
+        return torch.ones(decision.routing.num_tokens, dtype=torch.bool)
+    return valid.detach().cpu().bool()
+
+
+def chosen_pairs(decision: Decision) -> tuple[Tensor, Tensor, Tensor]:
+    """Which expert every valid token went to: `token`, `expert` and `amount`, each `[pairs]`, on the CPU.
+
+    Token choice: what the router chose, before capacity, one each. Expert choice: what was taken, one each.
+    Soft and merging routing: every token meets every expert, in the amount of its combine weight.
+    """
+    choice = decision.notes.get("choice")
+    routing = decision.routing
+    if choice is not None:
+        token = torch.arange(len(choice)).repeat_interleave(choice.shape[1])
+        expert, amount = choice.detach().cpu().flatten(), None
+    elif isinstance(routing, SparseRouting):
+        expert = torch.arange(routing.num_experts).repeat_interleave(routing.offsets.detach().cpu().diff())
+        token, amount = routing.token.detach().cpu(), None
+    else:
+        matrix = routing.combine_matrix().detach().cpu().double()  # [tokens, experts]
+        token, expert = matrix.nonzero(as_tuple=True)
+        amount = matrix[token, expert]
+    if amount is None:
+        amount = torch.ones(len(token), dtype=torch.float64)
+    of_text = valid_tokens(decision)[token]
+    return token[of_text], expert[of_text].long(), amount[of_text]
+
+
+def _probabilities(decision: Decision, valid: Tensor) -> Tensor | None:
+    """The router's scores as probabilities, `[valid tokens, experts]`, rows summing to 1."""
+    probs = decision.probs
+    if probs is None or probs.dim() != 2 or len(probs) != len(valid):
+        return None
+    probs = probs.detach().cpu().double()[valid]
+    return probs / probs.sum(-1, keepdim=True).clamp_min(1e-300)
+
+
+def _entropy(decision: Decision, valid: Tensor) -> Tensor | None:
+    probs = _probabilities(decision, valid)
+    return None if probs is None else torch.special.entr(probs).sum(-1)
+
+
+def _margin(decision: Decision, valid: Tensor) -> Tensor | None:
+    choice, probs = decision.notes.get("choice"), _probabilities(decision, valid)
+    if choice is None or probs is None or not 0 < choice.shape[1] < probs.shape[1]:
+        return None
+    k = choice.shape[1]
+    best = probs.topk(k + 1, dim=-1).values
+    return best[:, k - 1] - best[:, k]
+
+
+def _dropped(decision: Decision, valid: Tensor) -> Tensor | None:
+    """One value per choice (or per token, where experts choose): 1 where it was dropped."""
+    kept, choice = decision.notes.get("kept"), decision.notes.get("choice")
+    if choice is not None:
+        kept = torch.ones_like(choice, dtype=torch.bool) if kept is None else kept
+        return (~kept.detach().cpu().bool()[valid]).flatten().double()
+    reached = torch.zeros(len(valid), dtype=torch.bool)
+    reached[chosen_pairs(decision)[0]] = True
+    return (~reached[valid]).double()
+
+
+def _brief(value: float) -> float:
+    """Six significant digits: enough for any picture, and a third of the bytes."""
+    return float(f"{value:.6g}")
