@@ -92,9 +92,9 @@ def prepare_corpus(
     """
     if not 0 < validation_fraction < 1:
         raise ValueError(f"validation_fraction={validation_fraction}; it must lie between 0 and 1")
-    tokenizer = _open(tokenizer)
+    chosen = _open(tokenizer)
     skipped: Counter[str] = Counter()
-    state = xxhash.xxh3_128(f"{_FORMAT}/{_identity(tokenizer)}/{validation_fraction!r}/{seed}".encode())
+    state = xxhash.xxh3_128(f"{_FORMAT}/{_identity(chosen)}/{validation_fraction!r}/{seed}".encode())
     entries = [_register(document, state) for document in read_documents(paths, skipped)]
     if not entries:
         raise ValueError(
@@ -105,7 +105,7 @@ def prepare_corpus(
     folder = Path(cache_dir) / fingerprint
     if not folder.is_dir():
         plan = list(zip(entries, split_documents(entries, validation_fraction, seed), strict=True))
-        _build(folder, lambda: read_documents(paths), plan, tokenizer, domains)
+        _build(folder, lambda: read_documents(paths), plan, chosen, domains)
     train, validation = (TokenFile(folder / f"{split}.tokens") for split in SPLITS)
     return Corpus(train, validation, open_tokenizer(folder), domains, fingerprint, dict(skipped))
 
@@ -193,7 +193,7 @@ def _build(
         for split in SPLITS:
             encoded = _encoded(_part(read(), plan, split), tokenizer, domains)
             write_tokens(temporary / f"{split}.tokens", encoded, tokenizer.piece_bytes)
-        os.chmod(temporary, 0o755)
+        _make_durable(temporary)
         try:
             temporary.rename(folder)
         except OSError:
@@ -202,6 +202,14 @@ def _build(
         sync_folder(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _make_durable(folder: Path) -> None:
+    folder.chmod(0o755)  # mkdtemp keeps it private
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    sync_folder(folder)
 
 
 def _part(

@@ -16,7 +16,7 @@ DOMAINS = ("code", "prose")
 """The domains of the default corpus."""
 
 _TESTS = ("test", "tests", "idle_test")
-_NOT_OURS = ("site-packages", "dist-packages", "_bundled", "pydoc_data")  # the topics are read as prose
+_FOREIGN = ("site-packages", "dist-packages", "_bundled", "pydoc_data")  # the topics are read as prose
 _JSONL = (".jsonl", ".ndjson")
 
 
@@ -86,7 +86,7 @@ def default_documents() -> Iterator[Document]:
         ValueError: this Python carries no sources.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    sources = [path for path in _walk(root, Counter()) if not _left_out(path.relative_to(root))]
+    sources = [path for path in _walk(root, Counter(), (*_TESTS, *_FOREIGN)) if _is_text_of_ours(path)]
     if not any(path.suffix == ".py" for path in sources):
         raise ValueError(
             f"this Python carries no sources in {root}; give text files, folders or globs instead"
@@ -108,13 +108,10 @@ def _topics() -> Iterator[Document]:
         yield Document(text, f"python-topics/{name}", "prose")
 
 
-def _left_out(relative: Path) -> bool:
-    """Whether a file of the standard library is no text of ours."""
-    folders, file = relative.parts[:-1], relative.name
-    if any(folder in (*_TESTS, *_NOT_OURS) or folder.startswith("config-") for folder in folders):
-        return True
-    machine = file.startswith("_sysconfigdata") or file in ("Grammar.txt", "PatternGrammar.txt")
-    return machine or relative.suffix not in (".py", ".txt", ".rst")
+def _is_text_of_ours(path: Path) -> bool:
+    """Whether a file of the standard library is source or prose, not a table or a fact about the machine."""
+    machine = path.name.startswith("_sysconfigdata") or path.parent.name.startswith("config-")
+    return path.suffix in (".py", ".txt", ".rst") and not machine and not path.name.endswith("Grammar.txt")
 
 
 def _user_documents(paths: Sequence[str | Path], skipped: Counter[str]) -> Iterator[Document]:
@@ -165,10 +162,11 @@ def _matches(pattern: Path, skipped: Counter[str]) -> Iterator[tuple[Path, str, 
             yield path, f"{title}/{path.name}", title
 
 
-def _walk(folder: Path, skipped: Counter[str]) -> Iterator[Path]:
-    """The visible files below a folder, sorted; links to folders are not followed."""
+def _walk(folder: Path, skipped: Counter[str], closed: Sequence[str] = ()) -> Iterator[Path]:
+    """The visible files below a folder, sorted, except below `closed` folders; links are not followed."""
+    closed = (*closed, "__pycache__")
     for root, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__pycache__")
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in closed)
         for name in sorted(files):
             path = Path(root, name)
             if name.startswith("."):

@@ -170,8 +170,8 @@ def train_bpe(documents: Iterable[Document | str | bytes], vocab_size: int) -> B
         special_tokens=[END_OF_TEXT],
         show_progress=False,
     )
-    documents = (item if isinstance(item, Document) else Document(item, "the text") for item in documents)
-    backend.train_from_iterator((_text(item.text, item.where) for item in documents), trainer)
+    items = (item if isinstance(item, Document) else Document(item, "the text") for item in documents)
+    backend.train_from_iterator((_text(item.text, item.where) for item in items), trainer)
     return BPETokenizer(backend, END_OF_TEXT)
 
 
