@@ -1,0 +1,87 @@
+"""One grouped matrix product with a choice of back ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+GroupedMatmul = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+_BACKENDS: dict[str, GroupedMatmul] = {}
+
+
+def backend(name: str) -> Callable[[GroupedMatmul], GroupedMatmul]:
+    """Register a grouped matrix product under a name."""
+
+    def register(function: GroupedMatmul) -> GroupedMatmul:
+        _BACKENDS[name] = function
+        return function
+
+    return register
+
+
+def all_backends() -> tuple[str, ...]:
+    """Names that `grouped_matmul` accepts."""
+    return ("auto", *_BACKENDS)
+
+
+def check_backend(name: str) -> str:
+    """The name itself, or ValueError naming the back ends there are."""
+    if name not in all_backends():
+        raise ValueError(f"unknown kernel {name!r}; choose one of {', '.join(all_backends())}")
+    return name
+
+
+def grouped_matmul(rows: Tensor, weight: Tensor, offsets: Tensor, backend: str = "auto") -> Tensor:
+    """Multiply each group of rows by the matrix of its expert.
+
+        y[i] = rows[i] @ weight[e]   for offsets[e] <= i < offsets[e + 1]
+
+    Under autocast both factors are cast as `torch.matmul` would cast them.
+
+    Args:
+        rows: grouped by expert, `[rows, width]`.
+        weight: one matrix per expert, `[experts, width, out]`.
+        offsets: where groups begin, rising from 0 to `rows`, `[experts + 1]` int64.
+        backend: `loop`, `padded`, `native`, or `auto`, which takes what was measured fastest for the device.
+
+    Returns: `[rows, out]`.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown back end, or (checked on a CPU, where it is free)
+            offsets that do not rise from 0 to `rows`.
+    """
+    _check(rows, weight, offsets)
+    check_backend(backend)
+    rows, weight = _autocast(rows, weight)
+    name = _fastest(rows, len(weight)) if backend == "auto" else backend
+    return _BACKENDS[name](rows, weight, offsets)
+
+
+def _fastest(rows: Tensor, num_experts: int) -> str:
+    """The back end for this device; measured by benchmarks/kernels.py."""
+    return "native" if rows.is_cuda and rows.dtype == torch.bfloat16 else "loop"
+
+
+def _check(rows: Tensor, weight: Tensor, offsets: Tensor) -> None:
+    if rows.dim() != 2 or weight.dim() != 3 or rows.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"rows [rows, width] and weight [experts, width, out] must share the width, "
+            f"got {list(rows.shape)} and {list(weight.shape)}"
+        )
+    if offsets.shape != (len(weight) + 1,):
+        raise ValueError(f"{len(weight)} experts need {len(weight) + 1} offsets, got {list(offsets.shape)}")
+    if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
+        bounds = offsets.tolist()
+        if bounds[0] != 0 or bounds[-1] != len(rows) or sorted(bounds) != bounds:
+            raise ValueError(f"offsets must rise from 0 to {len(rows)} rows, got {bounds}")
+
+
+def _autocast(rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    device = rows.device.type
+    if not torch.is_autocast_enabled(device) or rows.dtype == torch.float64:
+        return rows, weight
+    dtype = torch.get_autocast_dtype(device)
+    return rows.to(dtype), weight.to(dtype)
