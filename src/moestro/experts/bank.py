@@ -1,0 +1,27 @@
+"""The stacked bank that an activation's name asks for."""
+
+from __future__ import annotations
+
+from moestro.experts.activations import is_gated
+from moestro.experts.glu import GLU
+from moestro.experts.mlp import MLP
+
+
+def make_experts(
+    num_experts: int,
+    width: int,
+    hidden: int,
+    activation: str = "swiglu",
+    bias: bool = False,
+    kernel: str = "auto",
+) -> GLU | MLP:
+    """A `GLU` for gated activations, an `MLP` for plain ones.
+
+    Raises:
+        ValueError: a size below one, an unknown activation or an unknown kernel.
+    """
+    for name, size in (("num_experts", num_experts), ("width", width), ("hidden", hidden)):
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+    bank = GLU if is_gated(activation) else MLP
+    return bank(num_experts, width, hidden, activation, bias, kernel)

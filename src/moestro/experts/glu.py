@@ -1,0 +1,71 @@
+"""Gated linear units as experts, stacked in three tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moestro.experts.activations import GATED, is_gated
+from moestro.experts.base import Experts
+from moestro.experts.single import FeedForward
+from moestro.experts.stacked import StackedLinear
+from moestro.kernels.grouped import check_backend
+
+
+class GLU(Experts):
+    """A bank of gated feed-forward networks.
+
+        f_e(x) = (act(x W_gate,e) * (x W_up,e)) W_down,e        Shazeer 2020, "GLU Variants Improve Transformer"
+
+    Args:
+        num_experts: number of experts.
+        width: model width.
+        hidden: hidden size of one expert.
+        activation: `swiglu` (silu) or `geglu` (gelu).
+        bias: whether the three maps add one.
+        kernel: back end of the grouped products, see `moestro.kernels`.
+
+    Parameters: gate and up `[experts, width, hidden]`, down `[experts, hidden, width]`, and biases
+    gate_bias, up_bias `[experts, hidden]`, down_bias `[experts, width]`.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        width: int,
+        hidden: int,
+        activation: str = "swiglu",
+        bias: bool = False,
+        kernel: str = "auto",
+    ) -> None:
+        super().__init__()
+        if not is_gated(activation):
+            raise ValueError(f"{activation!r} is not gated; use MLP, or one of {', '.join(GATED)}")
+        self.num_experts, self.width, self.hidden = num_experts, width, hidden
+        self.activation, self.bias, self.kernel = activation, bias, check_backend(kernel)
+        self.gate = nn.Parameter(torch.empty(num_experts, width, hidden))
+        self.up = nn.Parameter(torch.empty(num_experts, width, hidden))
+        self.down = nn.Parameter(torch.empty(num_experts, hidden, width))
+        self.gate_bias = nn.Parameter(torch.empty(num_experts, hidden)) if bias else None
+        self.up_bias = nn.Parameter(torch.empty(num_experts, hidden)) if bias else None
+        self.down_bias = nn.Parameter(torch.empty(num_experts, width)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self, std: float | None = None) -> None:
+        """Draw weights from normal(0, std), by default 1/sqrt(inputs); biases become zero."""
+        StackedLinear.initialise(self, std)
+
+    def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
+        apply = StackedLinear(offsets, self.kernel)
+        gate = apply(rows, self.gate, self.gate_bias)
+        up = apply(rows, self.up, self.up_bias)
+        return apply(GATED[self.activation](gate) * up, self.down, self.down_bias)
+
+    def dense(self, multiple: int = 1) -> FeedForward:
+        return FeedForward(self.width, self.hidden * multiple, self.activation, self.bias)
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_experts={self.num_experts}, width={self.width}, hidden={self.hidden}, "
+            f"activation={self.activation!r}, bias={self.bias}, kernel={self.kernel!r}"
+        )
