@@ -1,0 +1,61 @@
+"""What every router is: hidden states and context in, a Decision out, in float32."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from moestro.routing import Context, Decision
+
+
+class Router(nn.Module, ABC):
+    """Decides which experts serve which tokens.
+
+    Routers compute in float32, also in bfloat16 models and under autocast (Fedus et al. 2021, section 2.4);
+    float64 inputs stay float64.
+
+    Attributes:
+        num_experts: number of experts that it chooses among.
+        top_k: experts that serve a token, on average.
+        causal: later tokens cannot change what happens to earlier ones.
+        batch_independent: a sequence's decision does not depend on the others of the batch.
+    """
+
+    num_experts: int
+    top_k: float
+    causal: bool = True
+    batch_independent: bool = True
+
+    def forward(self, x: Tensor, context: Context | None = None) -> Decision:
+        """Decide for one call.
+
+        Shapes: x `[tokens, width]`.
+
+        Raises:
+            ValueError: a context that does not have one entry per token, or lacks what this router needs.
+        """
+        context = context or Context()
+        context.check(len(x))
+        with torch.autocast(x.device.type, enabled=False):
+            return self.decide(x if x.dtype == torch.float64 else x.float(), context)
+
+    @abstractmethod
+    def decide(self, x: Tensor, context: Context) -> Decision:
+        """The decision itself; `x [tokens, width]` is float32 or float64."""
+
+
+def context_notes(context: Context) -> dict[str, Tensor]:
+    """The facts of the context that losses and inspection need beside a decision."""
+    facts = {"valid": context.valid, "sequence": context.sequence}
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def check_top_k(k: int, num_experts: int) -> int:
+    """k itself, or ValueError if so many experts cannot be chosen."""
+    if not 1 <= k <= num_experts:
+        raise ValueError(
+            f"top_k={k} but there are {num_experts} experts; pass 1 <= top_k <= {num_experts} or add experts"
+        )
+    return k

@@ -1,0 +1,106 @@
+"""Capacity policies: how many tokens an expert takes, and who is dropped."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from moestro.routing import Selection
+from moestro.routing.sparse import offsets_from
+
+Slots = Callable[[int, int], int]
+
+
+def switch_slots(num_tokens: int, num_experts: int, factor: float, minimum: int = 4) -> int:
+    """`max(min(T, int(factor * T / E)), minimum)`: Fedus et al. 2021, eq. 3, with the released code's clamps."""
+    return max(min(num_tokens, int(factor * num_tokens / num_experts)), minimum)
+
+
+def gshard_slots(num_tokens: int, num_experts: int, factor: float = 2.0) -> int:
+    """`factor * ceil(T / E)`, rounded down: about 2 T / E for two choices, Lepikhin et al. 2020."""
+    return int(factor * math.ceil(num_tokens / num_experts))
+
+
+class Capacity(nn.Module, ABC):
+    """A policy that takes choices out of a Selection; combine weights stay as they are.
+
+    Attributes:
+        batch_independent: whether a token's fate is its own, whoever else is in the batch.
+    """
+
+    batch_independent: bool
+
+    @abstractmethod
+    def forward(self, chosen: Selection, num_tokens: int, num_experts: int) -> Selection:
+        """The choices that remain. `num_tokens` counts valid tokens."""
+
+    @abstractmethod
+    def causal(self, k: int) -> bool:
+        """Whether later tokens cannot take the place of earlier ones, with k choices per token."""
+
+
+class Dropless(Capacity):
+    """Every expert takes all that come."""
+
+    batch_independent = True
+
+    def forward(self, chosen: Selection, num_tokens: int, num_experts: int) -> Selection:
+        return chosen
+
+    def causal(self, k: int) -> bool:
+        return True
+
+
+class DropByPosition(Capacity):
+    """Experts take the first tokens that come; all first choices go before any second choice.
+
+    A dropped choice contributes nothing; the residual connection around the layer carries the token.
+    With one choice per token this is causal (later tokens cannot displace earlier ones); with several it is
+    not, because a later token's first choice goes before an earlier token's second one.
+
+    Args:
+        train: slots of an expert in training, as a function of tokens and experts.
+        evaluate: the same in evaluation; default: as in training.
+    """
+
+    batch_independent = False
+
+    def __init__(self, train: Slots, evaluate: Slots | None = None) -> None:
+        super().__init__()
+        self.train_slots, self.evaluate_slots = train, evaluate or train
+
+    def forward(self, chosen: Selection, num_tokens: int, num_experts: int) -> Selection:
+        slots = (self.train_slots if self.training else self.evaluate_slots)(num_tokens, num_experts)
+        return chosen.restricted(place_in_line(chosen, num_experts) < slots)
+
+    def causal(self, k: int) -> bool:
+        return k == 1
+
+    def extra_repr(self) -> str:
+        return f"train={_describe(self.train_slots)}, evaluate={_describe(self.evaluate_slots)}"
+
+
+def place_in_line(chosen: Selection, num_experts: int) -> Tensor:
+    """Place of each choice in its expert's queue: all first choices in token order, then all second ones...
+
+    Choices that do not count take no place. Shapes: -> `[tokens, k]` int64.
+    """
+    index = chosen.index if chosen.keep is None else chosen.index.masked_fill(~chosen.keep, num_experts)
+    expert = index.t().flatten()  # [k * tokens], choice-major
+    order = expert.argsort(stable=True)
+    start = offsets_from(expert, num_experts)
+    place = torch.empty_like(expert)
+    place[order] = torch.arange(len(order), device=order.device) - start[expert[order]]
+    return place.view(index.shape[1], index.shape[0]).t()
+
+
+def _describe(slots: Slots) -> str:
+    if isinstance(slots, partial):
+        arguments = ", ".join(f"{name}={value}" for name, value in slots.keywords.items())
+        return f"{slots.func.__name__}({arguments})"
+    return getattr(slots, "__name__", repr(slots))

@@ -1,0 +1,44 @@
+"""Noise on the logits, in training only. A noise answers the noisy logits and notes about them."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class NoNoise(nn.Module):
+    """Leaves the logits as they are."""
+
+    def forward(self, x: Tensor, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return logits, {}
+
+
+class GaussianNoise(nn.Module):
+    """Adds Gaussian noise of a learned, input-dependent size to the logits.
+
+        noisy = logits + normal() * (softplus(x W_noise) + floor)        Shazeer et al. 2017, eq. 4
+
+    Args:
+        width: model width.
+        num_experts: number of experts.
+        floor: smallest standard deviation.
+
+    Shapes: x `[tokens, width]`, logits `[tokens, experts]` -> `[tokens, experts]`; notes `noisy_logits` and
+    `noise_std` of that shape. Weights `[experts, width]` start at zero: equal noise everywhere.
+    """
+
+    def __init__(self, width: int, num_experts: int, floor: float = 1e-2) -> None:
+        super().__init__()
+        self.floor = floor
+        self.weight = nn.Parameter(torch.zeros(num_experts, width))
+
+    def forward(self, x: Tensor, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        if not self.training:
+            return logits, {}
+        std = F.softplus(F.linear(x, self.weight.to(x.dtype))) + self.floor
+        noisy = logits + torch.randn_like(logits) * std
+        return noisy, {"noisy_logits": noisy, "noise_std": std}
+
+    def extra_repr(self) -> str:
+        return f"floor={self.floor}"

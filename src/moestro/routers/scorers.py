@@ -1,0 +1,60 @@
+"""Scorers: hidden states to one logit per expert."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Linear(nn.Module):
+    """One matrix, no bias: `logits = x W_g`, computed in the precision of `x`.
+
+    Args:
+        width: model width.
+        num_experts: number of experts.
+        std: standard deviation of the initial weights; 0 starts with every expert equal.
+
+    Shapes: x `[tokens, width]` -> `[tokens, experts]`; weight `[experts, width]`.
+    """
+
+    def __init__(self, width: int, num_experts: int, std: float = 0.02) -> None:
+        super().__init__()
+        self.width, self.num_experts = width, num_experts
+        self.weight = nn.Parameter(torch.empty(num_experts, width))
+        nn.init.zeros_(self.weight) if std == 0 else nn.init.trunc_normal_(self.weight, 0, std, -2 * std, 2 * std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+    def extra_repr(self) -> str:
+        return f"width={self.width}, num_experts={self.num_experts}"
+
+
+class InputJitter(nn.Module):
+    """Multiplies what a scorer sees, and only that, by noise around one; in training only.
+
+        logits = scorer(x * u),   u ~ U(1 - scale, 1 + scale)       Fedus et al. 2021, section 2.4 and table 11
+
+    Args:
+        scorer: the scorer inside.
+        scale: half-width of the noise.
+
+    Raises:
+        ValueError: a scale outside 0 to 1.
+    """
+
+    def __init__(self, scorer: nn.Module, scale: float = 1e-2) -> None:
+        super().__init__()
+        if not 0 <= scale < 1:
+            raise ValueError(f"jitter={scale} must be at least 0 and below 1")
+        self.scorer, self.scale = scorer, scale
+        self.num_experts: int = scorer.num_experts
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.scale:
+            x = x * torch.empty_like(x).uniform_(1 - self.scale, 1 + self.scale)
+        return self.scorer(x)
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale}"

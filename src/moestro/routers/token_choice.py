@@ -1,0 +1,79 @@
+"""Tokens choose experts: six slots that cover most papers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from moestro.routers.base import Router, context_notes
+from moestro.routers.capacities import Capacity, Dropless
+from moestro.routers.noises import NoNoise
+from moestro.routers.selects import Select
+from moestro.routing import Context, Decision, Selection, SparseRouting
+
+Gate = Callable[[Tensor], Tensor]
+Weigh = Callable[[Tensor, Tensor, Selection], Tensor]
+
+
+class TokenChoice(Router):
+    """Each token picks its experts.
+
+        logits = scorer(x)                       [tokens, experts]
+        noisy  = noise(x, logits)                training only
+        probs  = gate(noisy)
+        chosen = select(probs)                   Selection, [tokens, k]
+        weight = weigh(noisy, probs, chosen)     [tokens, k]
+        kept   = capacity(chosen)                who is dropped; weights stay as they are
+
+    Padding (`Context.valid` False) is taken out before capacity, so it fills no slot.
+
+    Args:
+        scorer: `x [tokens, width]` -> logits `[tokens, experts]`; has `num_experts`.
+        select: scores -> Selection; has `k`.
+        gate: logits -> probs.
+        weigh: (noisy logits, probs, Selection) -> combine weights `[tokens, k]`.
+        noise: (x, logits) -> (noisy logits, notes).
+        capacity: (Selection, number of valid tokens, number of experts) -> Selection.
+
+    Raises:
+        ValueError: more choices than experts.
+    """
+
+    def __init__(
+        self,
+        scorer: nn.Module,
+        select: Select,
+        gate: Gate,
+        weigh: Weigh,
+        noise: nn.Module | None = None,
+        capacity: Capacity | None = None,
+    ) -> None:
+        super().__init__()
+        self.scorer = scorer
+        self.noise = noise or NoNoise()
+        self.gate = gate
+        self.select = select
+        self.weigh = weigh
+        self.capacity = capacity or Dropless()
+        self.num_experts: int = scorer.num_experts
+        select.check(self.num_experts)
+        self.top_k = select.k
+        self.causal = self.capacity.causal(select.k)
+        self.batch_independent = self.capacity.batch_independent
+
+    def decide(self, x: Tensor, context: Context) -> Decision:
+        logits = self.scorer(x)
+        noisy, notes = self.noise(x, logits)
+        probs = self.gate(noisy)
+        chosen: Selection = self.select(probs)
+        weight = self.weigh(noisy, probs, chosen)
+        valid = context.valid
+        chosen = chosen.restricted(None if valid is None else valid.unsqueeze(1))
+        num_valid = len(x) if valid is None else int(valid.sum())
+        kept = self.capacity(chosen, num_valid, self.num_experts)
+        routing = SparseRouting.from_choice(kept.index, weight, self.num_experts, kept.keep)
+        notes = {**context_notes(context), **notes, "choice": kept.index}
+        if kept.keep is not None:
+            notes["kept"] = kept.keep
+        return Decision(routing, logits, probs, notes)
