@@ -1,0 +1,127 @@
+"""The layer: a router decides, experts compute, a shared expert may run beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from moestro.experts import Experts
+from moestro.routers import Router
+from moestro.routing import Context, Decision
+
+Loss = Callable[[Decision], Tensor]
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters of a layer.
+
+    Attributes:
+        total: all of them.
+        active: those that one token meets: router, shared expert and `top_k` experts.
+        router: of the router.
+        per_expert: of one expert, on average.
+        shared: of the shared expert.
+    """
+
+    total: int
+    active: int
+    router: int
+    per_expert: int
+    shared: int
+
+
+class MoE(nn.Module):
+    """A Mixture-of-Experts layer.
+
+        y = experts.run(x, router(x).routing) + shared(x)
+
+    Args:
+        router: decides.
+        experts: compute.
+        shared: runs on every token, e.g. a `FeedForward`.
+        losses: name -> (coefficient, loss of a Decision); `moestro.balance.RoutingLog` adds them up.
+        controllers: adjust the router after an optimiser step, e.g. `moestro.balance.LossFreeBias`.
+
+    Raises:
+        ValueError: a router and experts that disagree about the number of experts.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        experts: Experts,
+        shared: nn.Module | None = None,
+        *,
+        losses: Mapping[str, tuple[float, Loss]] | None = None,
+        controllers: Sequence[Any] = (),
+    ) -> None:
+        super().__init__()
+        if router.num_experts != experts.num_experts:
+            raise ValueError(
+                f"the router chooses among {router.num_experts} experts but the bank holds {experts.num_experts}"
+            )
+        self.router, self.experts, self.shared = router, experts, shared
+        self.losses = dict(losses or {})
+        self.controllers = list(controllers)
+        self.method: str | None = None
+        self.options: dict[str, Any] = {}
+
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
+        """Route, run and add the shared expert.
+
+        Args:
+            x: hidden states `[..., width]`; of `[batch, length, width]` each batch entry is a sequence.
+            context: facts about the tokens, flattened to one entry per token.
+
+        Returns: the shape of `x`.
+        """
+        tokens = x.reshape(-1, x.shape[-1])
+        decision = self.route(tokens, (context or Context()).with_sequences_of(x))
+        return self.run(tokens, decision).view(x.shape)
+
+    def route(self, x: Tensor, context: Context | None = None) -> Decision:
+        """Only decide. Shapes: x `[tokens, width]`."""
+        decision: Decision = self.router(x, context)
+        return decision
+
+    def run(self, x: Tensor, decision: Decision) -> Tensor:
+        """Only carry out a decision, this call's or a stored one. Shapes: x `[tokens, width]` -> the same."""
+        y = self.experts.run(x, decision.routing)
+        if self.shared is None:
+            return y
+        shared = self.shared(x)
+        valid = decision.notes.get("valid")
+        return y + (shared if valid is None else shared * valid.unsqueeze(1))
+
+    @property
+    def top_k(self) -> float:
+        """Experts that serve a token, on average."""
+        return self.router.top_k
+
+    @property
+    def causal(self) -> bool:
+        """Whether later tokens cannot change the outputs of earlier ones, with this layer's options."""
+        return self.router.causal
+
+    @property
+    def batch_independent(self) -> bool:
+        """Whether a sequence's output does not depend on the others of the batch."""
+        return self.router.batch_independent
+
+    def parameter_counts(self) -> ParameterCounts:
+        """Count parameters; see `ParameterCounts`."""
+        router, shared = _count(self.router), _count(self.shared)
+        per_expert = self.experts.parameters_per_expert()
+        active = router + shared + round(self.top_k * per_expert)
+        return ParameterCounts(_count(self), active, router, per_expert, shared)
+
+    def extra_repr(self) -> str:
+        return f"method={self.method!r}" if self.method else ""
+
+
+def _count(module: nn.Module | None) -> int:
+    return sum(p.numel() for p in module.parameters()) if module is not None else 0
