@@ -1,0 +1,25 @@
+"""What keeps experts busy: losses, controllers and the log they read; never runs inside forward."""
+
+from moestro.balance.controllers import LossFreeBias
+from moestro.balance.log import RoutingLog
+from moestro.balance.losses import (
+    LoadTimesProbability,
+    SequenceBalance,
+    cv_squared,
+    importance_cv_squared,
+    load_cv_squared,
+    load_times_probability,
+    z_loss,
+)
+
+__all__ = [
+    "LoadTimesProbability",
+    "LossFreeBias",
+    "RoutingLog",
+    "SequenceBalance",
+    "cv_squared",
+    "importance_cv_squared",
+    "load_cv_squared",
+    "load_times_probability",
+    "z_loss",
+]

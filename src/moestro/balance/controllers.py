@@ -1,0 +1,45 @@
+"""Controllers: adjust a router after an optimiser step, without a gradient."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moestro.layers import MoE
+from moestro.routers import BiasedSelection
+
+
+class LossFreeBias:
+    """Moves the selection bias of a router towards an even load.
+
+        b_e <- b_e + rate * sign(mean load - load_e)        Wang et al. 2024, algorithm 1; DeepSeek-AI 2024 (V3)
+
+    The load is of all tokens since the last update: call it once per optimiser step, not per micro-batch.
+
+    Args:
+        rate: step of the bias.
+        group: process group whose loads are summed first; None = this process alone.
+
+    Raises:
+        ValueError: a negative rate; at update, a router without a selection bias.
+    """
+
+    def __init__(self, rate: float = 1e-3, group: dist.ProcessGroup | None = None) -> None:
+        if rate < 0:
+            raise ValueError(f"bias rate must not be negative, got {rate}")
+        self.rate, self.group = rate, group
+
+    @torch.no_grad()
+    def update(self, moe: MoE, load: Tensor) -> None:
+        """Adjust the layer's bias. Shapes: load `[experts]`, choices since the last update."""
+        select = getattr(moe.router, "select", None)
+        if not isinstance(select, BiasedSelection):
+            raise ValueError("loss-free balancing needs a router whose select slot is a BiasedSelection")
+        load = load.to(select.bias.dtype)
+        if self.group is not None:
+            dist.all_reduce(load, group=self.group)
+        select.bias += self.rate * torch.sign(load.mean() - load)
+
+    def __repr__(self) -> str:
+        return f"LossFreeBias(rate={self.rate})"

@@ -1,0 +1,157 @@
+"""The one channel from routers to losses, controllers, statistics and reports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moestro.layers import MoE
+from moestro.routing import Decision
+
+
+class RoutingLog:
+    """Collects the decisions of every MoE layer of a model, from outside, by one forward hook per router.
+
+        log = RoutingLog(model)
+        with log.recording():
+            loss = objective(model(batch))
+        (loss + log.auxiliary_loss()).backward()
+        optimizer.step()
+        log.update_controllers()
+
+    Close `recording()` before `backward`: activation checkpointing runs routers again, and what runs outside is
+    not recorded. Loads for the controllers add up over all recordings in training mode until
+    `update_controllers`, so gradient accumulation needs no care.
+
+    Args:
+        model: any module that holds MoE layers; a layer shared by several places is recorded at each call.
+
+    Raises:
+        ValueError: a model without an MoE layer.
+
+    Attributes:
+        layers: names of the MoE layers in model order.
+        decisions: decisions of the last recording by layer name, one per call.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._moes = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
+        if not self._moes:
+            raise ValueError("this model has no MoE layer to record; build one with moestro.build(...)")
+        self.layers = list(self._moes)
+        self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self.decisions: dict[str, list[Decision]] = {name: [] for name in self.layers}
+        self._loads: dict[str, Tensor] = {}
+        self._open = self._recorded = False
+        self._hooks = [moe.router.register_forward_hook(self._hook(name, moe)) for name, moe in self._moes.items()]
+
+    @contextmanager
+    def recording(self) -> Iterator[RoutingLog]:
+        """Record what routers decide inside the block; forgets the recording before."""
+        self.decisions = {name: [] for name in self.layers}
+        self._open = self._recorded = True
+        try:
+            yield self
+        finally:
+            self._open = False
+
+    def auxiliary_loss(self) -> Tensor:
+        """The sum over layers, calls and losses of `coefficient * loss(decision)`; 0 if no loss is on.
+
+        Raises:
+            ValueError: nothing was recorded.
+        """
+        terms = [
+            coefficient * loss(decision)
+            for name, moe in self._moes.items()
+            for coefficient, loss in moe.losses.values()
+            if coefficient
+            for decision in self._recording()[name]
+        ]
+        return torch.stack(terms).sum() if terms else torch.zeros((), device=self._device)
+
+    def losses(self) -> dict[str, Tensor]:
+        """Each named loss without its coefficient and without gradient, averaged over layers and calls."""
+        values: dict[str, list[Tensor]] = {}
+        with torch.no_grad():
+            for name, moe in self._moes.items():
+                for title, (_, loss) in moe.losses.items():
+                    values.setdefault(title, []).extend(loss(decision) for decision in self._recording()[name])
+        return {title: torch.stack(each).mean() for title, each in values.items() if each}
+
+    def attach(self, y: Tensor) -> Tensor:
+        """`y` itself; backward through it also adds the gradient of `auxiliary_loss`.
+
+        For pipelines, where the objective is computed on another rank. The auxiliary gradient is added once,
+        unscaled, whatever the gradient of `y`.
+        """
+        attached: Tensor = _Attach.apply(y, self.auxiliary_loss())
+        return attached
+
+    def update_controllers(self) -> None:
+        """Let each layer's controllers act on the loads since the last call; call it after the optimiser step."""
+        for name, moe in self._moes.items():
+            if name in self._loads:
+                for controller in moe.controllers:
+                    controller.update(moe, self._loads[name])
+        self._loads = {}
+
+    def describe(self) -> list[str]:
+        """One line per kind of layer: which losses and controllers act, with which coefficients."""
+        lines: dict[str, list[str]] = {}
+        for name, moe in self._moes.items():
+            parts = [
+                f"{title} loss x {coefficient:g}" if coefficient else f"{title} loss off"
+                for title, (coefficient, _) in moe.losses.items()
+            ]
+            parts += [repr(controller) for controller in moe.controllers]
+            text = f"{moe.method or 'MoE'}: {', '.join(parts) or 'no balancing'}"
+            lines.setdefault(text, []).append(name)
+        return [f"{text} ({len(names)} layers: {names[0]} to {names[-1]})" for text, names in lines.items()]
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _hook(self, name: str, moe: MoE) -> Any:
+        def record(router: nn.Module, arguments: Any, decision: Decision) -> None:
+            if not self._open:
+                return
+            self.decisions[name].append(decision)
+            if router.training and moe.controllers:
+                load = chosen_load(decision)
+                self._loads[name] = self._loads[name] + load if name in self._loads else load
+
+        return record
+
+    def _recording(self) -> dict[str, list[Decision]]:
+        if not self._recorded:
+            raise ValueError("nothing was recorded; run the model inside `with log.recording():` first")
+        return self.decisions
+
+
+def chosen_load(decision: Decision) -> Tensor:
+    """Choices per expert before any drop, without padding, `[experts]`; the routing's load if none are noted."""
+    choice = decision.notes.get("choice")
+    if choice is None:
+        return decision.routing.load().detach()
+    valid = decision.notes.get("valid")
+    weight = torch.ones_like(choice) if valid is None else valid.unsqueeze(1).expand_as(choice).to(choice.dtype)
+    count = torch.zeros(decision.routing.num_experts, dtype=choice.dtype, device=choice.device)
+    return count.scatter_add_(0, choice.flatten(), weight.flatten())
+
+
+class _Attach(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, loss: Tensor) -> Tensor:
+        ctx.save_for_backward(torch.ones_like(loss))
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, ctx.saved_tensors[0]
