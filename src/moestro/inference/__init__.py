@@ -1,0 +1,7 @@
+"""Using a trained model: generation and evaluation."""
+
+from moestro.inference.evaluate import Evaluation, evaluate
+from moestro.inference.generation import generate
+from moestro.inference.sampler import Sampler
+
+__all__ = ["Evaluation", "Sampler", "evaluate", "generate"]

@@ -1,0 +1,108 @@
+"""How well a model predicts text, in bits per byte."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class TextBatch(Protocol):
+    """What evaluation reads of a batch; `moestro.data.Batch` has it."""
+
+    @property
+    def tokens(self) -> Tensor: ...
+    @property
+    def targets(self) -> Tensor: ...
+    @property
+    def num_bytes(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model made of some text.
+
+    Attributes:
+        loss: mean cross-entropy of a token in nats.
+        bits_per_byte: summed cross-entropy in bits over the bytes that the tokens stand for.
+        accuracy: share of tokens that were the most likely one.
+        num_tokens: tokens predicted.
+        num_bytes: bytes that they stand for.
+    """
+
+    loss: float
+    bits_per_byte: float
+    accuracy: float
+    num_tokens: int
+    num_bytes: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss), per token."""
+        return math.exp(min(self.loss, 700.0))
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[TextBatch],
+    *,
+    num_batches: int | None = None,
+    precision: torch.dtype | None = None,
+) -> Evaluation:
+    """Predict every token of `batches` from those before it, in evaluation mode; the mode is restored.
+
+        bits per byte = sum of -log2 p(target) / bytes of the targets
+
+    Args:
+        model: tokens `[batch, length]` -> logits `[batch, length, vocab_size]`.
+        batches: for example `moestro.data.Batches(file, batch_size, length, shuffle=False)`.
+        num_batches: stop after so many; None = all.
+        precision: dtype of autocast; None = the model's own.
+
+    Raises:
+        ValueError: there is nothing to predict.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    total, correct, num_tokens, num_bytes = torch.zeros((), dtype=torch.float64), 0, 0, 0
+    try:
+        for batch in islice(batches, num_batches):
+            nll, hits = _score(model, batch.tokens.to(device), batch.targets.to(device), precision)
+            total += nll.cpu()
+            correct += int(hits)
+            num_tokens += batch.targets.numel()
+            num_bytes += batch.num_bytes
+    finally:
+        model.train(was_training)
+    if not num_tokens or not num_bytes:
+        raise ValueError("there is no text to evaluate on; pass at least one batch")
+    loss = float(total) / num_tokens
+    bits = float(total) / math.log(2)
+    return Evaluation(loss, bits / num_bytes, correct / num_tokens, num_tokens, num_bytes)
+
+
+@torch.inference_mode()
+def _score(
+    model: nn.Module, tokens: Tensor, targets: Tensor, precision: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy in nats and the number of tokens guessed right."""
+    with autocast(tokens.device.type, precision):
+        logits = model(tokens).flatten(0, 1)
+    targets = targets.flatten()
+    nll = F.cross_entropy(logits.float(), targets, reduction="sum")
+    return nll.double(), (logits.argmax(-1) == targets).sum()
+
+
+def autocast(device: str, precision: torch.dtype | None) -> AbstractContextManager[object]:
+    """Autocast to `precision`; nothing when it is None or float32."""
+    if precision in (None, torch.float32):
+        return nullcontext()
+    return torch.autocast(device, dtype=precision)

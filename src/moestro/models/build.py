@@ -1,0 +1,245 @@
+"""Assemble a language model from plain arguments, refusing what cannot work."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from moestro.experts import FeedForward, is_gated
+from moestro.layers import MoE
+from moestro.methods import all_methods, build
+from moestro.models.attention import GroupedQueryAttention
+from moestro.models.decoder import Attention, Block, DecoderLM
+from moestro.models.initialise import initialise
+from moestro.models.latent import LatentAttention
+
+
+def build_language_model(
+    *,
+    vocab_size: int,
+    width: int,
+    num_layers: int,
+    num_heads: int,
+    num_kv_heads: int | None = None,
+    head_dim: int | None = None,
+    method: str | None = "mixtral",
+    options: Mapping[str, Any] | None = None,
+    num_experts: int = 8,
+    expert_hidden: int | None = None,
+    activation: str = "swiglu",
+    dense_hidden: int | None = None,
+    first_dense: int = 0,
+    every: int = 1,
+    attention: Literal["auto", "grouped-query", "latent"] = "auto",
+    qk_norm: bool | Literal["none", "head", "full"] = False,
+    q_lora_rank: int | None = None,
+    kv_lora_rank: int | None = None,
+    rope_dim: int | None = None,
+    value_dim: int | None = None,
+    tied_embeddings: bool = True,
+    rope_theta: float = 10000.0,
+    norm_eps: float = 1e-5,
+    max_length: int = 2048,
+    kernel: str = "auto",
+    seed: int | None = None,
+) -> DecoderLM:
+    """Build a decoder language model whose feed-forward layers are mixtures of experts, dense, or some of each.
+
+    Args:
+        vocab_size: token ids.
+        width: model width.
+        num_layers: layers.
+        num_heads: query heads.
+        num_kv_heads: key-value heads; None = num_heads.
+        head_dim: features of a head; None = width / num_heads. For latent attention: the unrotated features.
+        method: routing method (see `moestro.all_methods()`); None = every layer dense.
+        options: options of the method.
+        num_experts: routed experts in a layer.
+        expert_hidden: hidden size of one expert; None = 8/3 width when gated, 4 width otherwise.
+        activation: swiglu, geglu (gated), relu, gelu, silu or squared_relu; for experts and dense layers.
+        dense_hidden: hidden size of dense layers; None = as many parameters as a token uses in an MoE layer,
+            or, without a method, as expert_hidden says.
+        first_dense: the first n layers are dense.
+        every: of the layers after those, every n-th is a mixture of experts.
+        attention: grouped-query or latent; auto = latent for deepseek-v3.
+        qk_norm: normalise queries and keys: False = "none", True = "head", or "full" (all heads at once).
+        q_lora_rank: latent attention: size of the query latent; None = no query latent.
+        kv_lora_rank: latent attention: size of the key-value latent; None = 2 head_dim.
+        rope_dim: latent attention: rotated features of a head; None = about head_dim / 2.
+        value_dim: latent attention: features of a value head; None = head_dim.
+        tied_embeddings: one matrix for input and output embeddings.
+        rope_theta: base of the rotary positions.
+        norm_eps: epsilon of the norms.
+        max_length: most positions in a sequence.
+        kernel: back end of the experts.
+        seed: of the weights; None = torch's global generator.
+
+    Raises:
+        ValueError: sizes do not fit, the method is unknown or not causal, or no layer would have experts.
+    """
+    config: dict[str, Any] = dict(locals())
+    del config["seed"]
+    config["options"] = dict(options or {})
+    resolve(config)
+    with _seeded(seed):
+        feed_forwards = _feed_forwards(config)
+        blocks = [Block(_attention(config), layer, width, norm_eps) for layer in feed_forwards]
+        model = DecoderLM(
+            vocab_size,
+            blocks,
+            width,
+            max_length=max_length,
+            rope_theta=rope_theta,
+            eps=norm_eps,
+            tied_embeddings=tied_embeddings,
+            config=config,
+        )
+        initialise(model)
+    return model
+
+
+def resolve(config: dict[str, Any]) -> None:
+    """Check the arguments and replace every default that depends on others by its value, in place."""
+    for name in ("vocab_size", "width", "num_layers", "num_heads", "num_experts", "every", "max_length"):
+        if config[name] < 1:
+            raise ValueError(f"{name}={config[name]}; pass at least 1")
+    _resolve_heads(config)
+    config["qk_norm"] = {False: "none", True: "head"}.get(config["qk_norm"], config["qk_norm"])
+    if config["qk_norm"] not in ("none", "head", "full"):
+        raise ValueError(f"qk_norm={config['qk_norm']!r}; pass False, True, none, head or full")
+    _resolve_attention(config)
+    config["expert_hidden"] = config["expert_hidden"] or default_hidden(config["width"], config["activation"])
+    if config["method"] is not None and config["options"].get("vocab_size") is None:
+        method = all_methods().get(config["method"])
+        if method is not None and "vocab_size" in method.options:
+            config["options"]["vocab_size"] = config["vocab_size"]
+
+
+def _resolve_heads(config: dict[str, Any]) -> None:
+    width, num_heads = config["width"], config["num_heads"]
+    if config["head_dim"] is None:
+        if width % num_heads:
+            raise ValueError(
+                f"width={width} is not divisible by num_heads={num_heads}; change one or pass head_dim"
+            )
+        config["head_dim"] = width // num_heads
+    config["num_kv_heads"] = config["num_kv_heads"] or num_heads
+    if num_heads % config["num_kv_heads"]:
+        raise ValueError(
+            f"num_heads={num_heads} is not divisible by num_kv_heads={config['num_kv_heads']}; "
+            "every key-value head serves an equal group of query heads"
+        )
+
+
+def _resolve_attention(config: dict[str, Any]) -> None:
+    if config["attention"] == "auto":
+        config["attention"] = "latent" if config["method"] == "deepseek-v3" else "grouped-query"
+    if config["attention"] not in ("grouped-query", "latent"):
+        raise ValueError(f"attention={config['attention']!r}; pass auto, grouped-query or latent")
+    if config["attention"] != "latent":
+        return
+    if config["qk_norm"] != "none":
+        raise ValueError(
+            "latent attention normalises its latents, so qk_norm has no meaning there; leave qk_norm off"
+        )
+    if config["num_kv_heads"] != config["num_heads"]:
+        raise ValueError(
+            f"latent attention gives every head its own keys, so num_kv_heads={config['num_kv_heads']} must be "
+            f"num_heads={config['num_heads']}; leave num_kv_heads out"
+        )
+    head_dim = config["head_dim"]
+    config["kv_lora_rank"] = config["kv_lora_rank"] or 2 * head_dim
+    config["rope_dim"] = config["rope_dim"] or max(2, head_dim // 4 * 2)
+    config["value_dim"] = config["value_dim"] or head_dim
+
+
+def _attention(config: Mapping[str, Any]) -> Attention:
+    width, num_heads = config["width"], config["num_heads"]
+    if config["attention"] == "latent":
+        return LatentAttention(
+            width,
+            num_heads,
+            q_lora_rank=config["q_lora_rank"],
+            kv_lora_rank=config["kv_lora_rank"],
+            nope_dim=config["head_dim"],
+            rope_dim=config["rope_dim"],
+            value_dim=config["value_dim"],
+        )
+    return GroupedQueryAttention(
+        width, num_heads, config["num_kv_heads"], config["head_dim"], config["qk_norm"], config["norm_eps"]
+    )
+
+
+def _feed_forwards(config: dict[str, Any]) -> list[nn.Module]:
+    """The feed-forward network of every layer; sets `dense_hidden`."""
+    width, activation = config["width"], config["activation"]
+    sparse = {i: _moe(config) for i in sparse_layers(config)}
+    if config["dense_hidden"] is None:
+        config["dense_hidden"] = config["expert_hidden"]
+        if sparse:
+            active = next(iter(sparse.values())).parameter_counts().active
+            config["dense_hidden"] = max(1, round(active / feed_forward_size(width, 1, activation)))
+    return [
+        sparse.get(i) or FeedForward(width, config["dense_hidden"], activation) for i in range(config["num_layers"])
+    ]
+
+
+def sparse_layers(config: Mapping[str, Any]) -> list[int]:
+    """Indices of the layers that are mixtures of experts.
+
+    Of the layers after the first `first_dense`, the last of every group of `every` (as in GShard and Qwen3-MoE).
+    """
+    if config["method"] is None:
+        return []
+    first, every, num_layers = config["first_dense"], config["every"], config["num_layers"]
+    layers = list(range(first + every - 1, num_layers, every))
+    if not layers:
+        raise ValueError(
+            f"first_dense={first} and every={every} leave no layer of {num_layers} with experts; "
+            "lower one of them, or pass method=None for a dense model"
+        )
+    return layers
+
+
+def _moe(config: Mapping[str, Any]) -> MoE:
+    name, num_experts = config["method"], config["num_experts"]
+    moe = build(
+        name,
+        width=config["width"],
+        hidden=config["expert_hidden"],
+        num_experts=num_experts,
+        activation=config["activation"],
+        kernel=config["kernel"],
+        **config["options"],
+    )
+    if not moe.causal:
+        raise ValueError(
+            f"{name} is not causal: later tokens change what earlier ones get, so a language model trained with it "
+            "reads its own targets and cannot generate; choose a causal method such as mixtral"
+        )
+    return moe
+
+
+def default_hidden(width: int, activation: str) -> int:
+    """Hidden size at which a feed-forward layer has 8 width^2 parameters, in eighths when gated."""
+    return max(8, round(width / 3) * 8) if is_gated(activation) else 4 * width
+
+
+def feed_forward_size(width: int, hidden: int, activation: str) -> int:
+    """Parameters of a feed-forward layer without biases."""
+    return (3 if is_gated(activation) else 2) * width * hidden
+
+
+@contextlib.contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    """Draw from `seed` without moving torch's global generator; None draws from that one."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield

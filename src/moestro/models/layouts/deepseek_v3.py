@@ -1,0 +1,100 @@
+"""The layout of DeepSeek-V3: latent attention, dense layers first, biased selection, shared experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moestro.experts import FeedForward
+from moestro.models.decoder import DecoderLM
+from moestro.models.layouts.common import (
+    PROJECTIONS,
+    attention_rules,
+    common_config,
+    expert_rules,
+    feed_forward_rules,
+    frame_rules,
+    layer_names,
+)
+from moestro.models.layouts.fits import dense_layers, latent, stock_feed_forward
+from moestro.models.layouts.layout import Layout
+from moestro.models.layouts.rules import Rule, same
+
+
+def misfit(model: DecoderLM) -> str | None:
+    return stock_feed_forward(model) or latent(model) or _dense_layers_first(model) or _routing(model)
+
+
+def _dense_layers_first(model: DecoderLM) -> str | None:
+    dense = dense_layers(model)
+    return (
+        None if dense == list(range(len(dense))) else f"its dense layers come first, but layers {dense} are dense"
+    )
+
+
+def _routing(model: DecoderLM) -> str | None:
+    for block in model.blocks:
+        if block.moe is None:
+            continue
+        if not isinstance(block.moe.shared, FeedForward):
+            return "it has shared experts without a gate; pass shared_experts >= 1"
+        if model.config["num_experts"] < 2 * block.moe.options["num_groups"]:
+            return "its groups are scored by their two best experts, so each needs two"
+    return None
+
+
+def rules(model: DecoderLM) -> list[Rule]:
+    table = frame_rules(model)
+    for index, block in enumerate(model.blocks):
+        ours, theirs = layer_names(index)
+        theirs += ".mlp"
+        table += attention_rules(index, block)
+        if block.moe is None:
+            table += feed_forward_rules(f"{ours}.ffn", theirs)
+            continue
+        table.append(same(f"{ours}.moe.router.scorer.weight", f"{theirs}.gate.weight"))
+        table.append(same(f"{ours}.moe.router.select.bias", f"{theirs}.gate.e_score_correction_bias"))
+        table += expert_rules(
+            f"{ours}.moe.experts", f"{theirs}.experts", block.moe.experts.num_experts, PROJECTIONS
+        )
+        table += feed_forward_rules(f"{ours}.moe.shared", f"{theirs}.shared_experts")
+    return table
+
+
+def config(model: DecoderLM) -> dict[str, Any]:
+    ours, dense = model.config, len(dense_layers(model))
+    return (
+        common_config(model) | _attention_config(ours) | _routing_config(model) | {"first_k_dense_replace": dense}
+    )
+
+
+def _attention_config(ours: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "q_lora_rank": ours["q_lora_rank"],
+        "kv_lora_rank": ours["kv_lora_rank"],
+        "qk_nope_head_dim": ours["head_dim"],
+        "qk_rope_head_dim": ours["rope_dim"],
+        "v_head_dim": ours["value_dim"],
+        "rope_interleave": True,
+        "num_nextn_predict_layers": 0,
+    }
+
+
+def _routing_config(model: DecoderLM) -> dict[str, Any]:
+    moe = next((block.moe for block in model.blocks if block.moe is not None), None)
+    if moe is None:
+        return {}
+    return {
+        "moe_intermediate_size": model.config["expert_hidden"],
+        "n_routed_experts": model.config["num_experts"],
+        "num_experts_per_tok": int(moe.top_k),
+        "n_shared_experts": moe.options["shared_experts"],
+        "n_group": moe.options["num_groups"],
+        "topk_group": moe.options["groups_kept"],
+        "routed_scaling_factor": moe.options["route_scale"],
+        "norm_topk_prob": True,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+    }
+
+
+DEEPSEEK_V3 = Layout("DeepSeek-V3", "deepseek_v3", "DeepseekV3ForCausalLM", misfit, rules, config)

@@ -1,0 +1,55 @@
+"""The layout of Mixtral: every layer a mixture, weights renormalised over the chosen experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moestro.models.decoder import DecoderLM
+from moestro.models.layouts.common import (
+    attention_rules,
+    common_config,
+    expert_rules,
+    frame_rules,
+    layer_names,
+)
+from moestro.models.layouts.fits import dense_layers, grouped_query, qk_norm_is, stock_feed_forward
+from moestro.models.layouts.layout import Layout
+from moestro.models.layouts.rules import Rule, same
+
+EXPERT_NAMES = {"gate": "w1", "up": "w3", "down": "w2"}
+
+
+def misfit(model: DecoderLM) -> str | None:
+    return (
+        stock_feed_forward(model)
+        or grouped_query(model)
+        or qk_norm_is(model, "none", "Mixtral")
+        or (f"Mixtral has no dense layers but layers {dense_layers(model)} are" if dense_layers(model) else None)
+    )
+
+
+def rules(model: DecoderLM) -> list[Rule]:
+    table = frame_rules(model)
+    for index, block in enumerate(model.blocks):
+        ours, theirs = layer_names(index)
+        theirs += ".block_sparse_moe"
+        table += attention_rules(index, block)
+        table.append(same(f"{ours}.moe.router.scorer.weight", f"{theirs}.gate.weight"))
+        table += expert_rules(f"{ours}.moe.experts", f"{theirs}.experts", model.config["num_experts"], EXPERT_NAMES)
+    return table
+
+
+def config(model: DecoderLM) -> dict[str, Any]:
+    moe = model.blocks[0].moe
+    assert moe is not None
+    return common_config(model) | {
+        "intermediate_size": model.config["expert_hidden"],
+        "head_dim": model.config["head_dim"],
+        "num_local_experts": model.config["num_experts"],
+        "num_experts_per_tok": int(moe.top_k),
+        "sliding_window": None,
+        "router_jitter_noise": 0.0,
+    }
+
+
+MIXTRAL = Layout("Mixtral", "mixtral", "MixtralForCausalLM", misfit, rules, config)

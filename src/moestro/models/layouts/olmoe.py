@@ -1,0 +1,42 @@
+"""The layout of OLMoE: query and key norms over all heads at once, every layer a mixture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moestro.models.decoder import DecoderLM
+from moestro.models.layouts.common import common_config
+from moestro.models.layouts.fits import (
+    dense_layers,
+    grouped_query,
+    heads_fill_width,
+    qk_norm_is,
+    stock_feed_forward,
+)
+from moestro.models.layouts.layout import Layout
+from moestro.models.layouts.qwen3_moe import rules
+
+
+def misfit(model: DecoderLM) -> str | None:
+    return (
+        stock_feed_forward(model)
+        or grouped_query(model)
+        or qk_norm_is(model, "full", "OLMoE")
+        or heads_fill_width(model)
+        or (f"OLMoE has no dense layers but layers {dense_layers(model)} are" if dense_layers(model) else None)
+    )
+
+
+def config(model: DecoderLM) -> dict[str, Any]:
+    moe = model.blocks[0].moe
+    assert moe is not None
+    return common_config(model) | {
+        "intermediate_size": model.config["expert_hidden"],
+        "num_experts": model.config["num_experts"],
+        "num_experts_per_tok": int(moe.top_k),
+        "clip_qkv": None,
+    }
+
+
+# tensors are called as in Qwen3-MoE; the norms differ in size only
+OLMOE = Layout("OLMoE", "olmoe", "OlmoeForCausalLM", misfit, rules, config)
