@@ -23,20 +23,22 @@ class ConcatExperts(Experts):
 
     def __init__(self, banks: Iterable[Experts]) -> None:
         super().__init__()
+        banks = list(banks)
         self.banks = nn.ModuleList(banks)
-        widths = {bank.width for bank in self.banks}
+        self.sizes = [bank.num_experts for bank in banks]
+        widths = {bank.width for bank in banks}
         if len(widths) != 1:
             raise ValueError(f"banks must share one width, got {sorted(widths) or 'no bank'}")
         self.width = widths.pop()
-        self.num_experts = sum(bank.num_experts for bank in self.banks)
+        self.num_experts = sum(self.sizes)
 
     def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
         done, first = [], 0
-        for bank in self.banks:
-            bounds = offsets[first : first + bank.num_experts + 1]
+        for bank, size in zip(self.banks, self.sizes, strict=True):
+            bounds = offsets[first : first + size + 1]
             start, stop = int(bounds[0]), int(bounds[-1])
             done.append(bank(rows[start:stop], bounds - start))
-            first += bank.num_experts
+            first += size
         dtype = reduce(torch.promote_types, (piece.dtype for piece in done))
         return torch.cat([piece.to(dtype) for piece in done])
 

@@ -7,7 +7,7 @@ from moestro.routers.fixed import HashRouter
 from moestro.routers.gates import sigmoid, softmax
 from moestro.routers.merging import SequenceMerging
 from moestro.routers.noises import GaussianNoise, NoNoise
-from moestro.routers.scorers import InputJitter, Linear
+from moestro.routers.scorers import InputJitter, Linear, Scorer
 from moestro.routers.selects import BiasedSelection, GroupLimitedTopK, RandomSecond, TopK
 from moestro.routers.soft import SoftSlots
 from moestro.routers.token_choice import TokenChoice
@@ -27,6 +27,7 @@ __all__ = [
     "RandomSecond",
     "Renormalised",
     "Router",
+    "Scorer",
     "SequenceMerging",
     "SoftSlots",
     "TokenChoice",

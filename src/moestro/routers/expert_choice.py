@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moestro.routers.base import Router, context_notes
+from moestro.routers.scorers import Scorer
 from moestro.routing import Context, Decision, SparseRouting, top_k
 
 
@@ -29,10 +30,10 @@ class ExpertChoice(Router):
     causal = False
     batch_independent = False
 
-    def __init__(self, scorer: nn.Module, capacity_factor: float = 2.0) -> None:
+    def __init__(self, scorer: Scorer, capacity_factor: float = 2.0) -> None:
         super().__init__()
         self.scorer, self.capacity_factor = scorer, capacity_factor
-        self.num_experts: int = scorer.num_experts
+        self.num_experts = scorer.num_experts
         if not 0 < capacity_factor <= self.num_experts:
             raise ValueError(
                 f"capacity_factor={capacity_factor} must be above 0 and at most the {self.num_experts} experts"

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Linear(nn.Module):
+class Scorer(nn.Module, ABC):
+    """Scores every expert for every token: `x [tokens, width]` -> logits `[tokens, experts]`.
+
+    Attributes:
+        num_experts: number of experts.
+    """
+
+    num_experts: int
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """The logits, in the precision of `x`."""
+
+
+class Linear(Scorer):
     """One matrix, no bias: `logits = x W_g`, computed in the precision of `x`.
 
     Args:
@@ -31,7 +47,7 @@ class Linear(nn.Module):
         return f"width={self.width}, num_experts={self.num_experts}"
 
 
-class InputJitter(nn.Module):
+class InputJitter(Scorer):
     """Multiplies what a scorer sees, and only that, by noise around one; in training only.
 
         logits = scorer(x * u),   u ~ U(1 - scale, 1 + scale)       Fedus et al. 2021, section 2.4 and table 11
@@ -44,17 +60,18 @@ class InputJitter(nn.Module):
         ValueError: a scale outside 0 to 1.
     """
 
-    def __init__(self, scorer: nn.Module, scale: float = 1e-2) -> None:
+    def __init__(self, scorer: Scorer, scale: float = 1e-2) -> None:
         super().__init__()
         if not 0 <= scale < 1:
             raise ValueError(f"jitter={scale} must be at least 0 and below 1")
         self.scorer, self.scale = scorer, scale
-        self.num_experts: int = scorer.num_experts
+        self.num_experts = scorer.num_experts
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and self.scale:
             x = x * torch.empty_like(x).uniform_(1 - self.scale, 1 + self.scale)
-        return self.scorer(x)
+        logits: Tensor = self.scorer(x)
+        return logits
 
     def extra_repr(self) -> str:
         return f"scale={self.scale}"

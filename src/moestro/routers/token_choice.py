@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from moestro.routers.base import Router, context_notes
 from moestro.routers.capacities import Capacity, Dropless
 from moestro.routers.noises import NoNoise
+from moestro.routers.scorers import Scorer
 from moestro.routers.selects import Select
 from moestro.routing import Context, Decision, Selection, SparseRouting
 
@@ -42,7 +43,7 @@ class TokenChoice(Router):
 
     def __init__(
         self,
-        scorer: nn.Module,
+        scorer: Scorer,
         select: Select,
         gate: Gate,
         weigh: Weigh,
@@ -56,7 +57,7 @@ class TokenChoice(Router):
         self.select = select
         self.weigh = weigh
         self.capacity = capacity or Dropless()
-        self.num_experts: int = scorer.num_experts
+        self.num_experts = scorer.num_experts
         select.check(self.num_experts)
         self.top_k = select.k
         self.causal = self.capacity.causal(select.k)
