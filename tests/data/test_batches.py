@@ -16,9 +16,7 @@ def counting(tmp_path, num_tokens, domain_size=7):
 
 
 def same(a, b):
-    return (
-        torch.equal(a.tokens, b.tokens) and torch.equal(a.targets, b.targets) and a.num_bytes == b.num_bytes
-    )
+    return torch.equal(a.tokens, b.tokens) and torch.equal(a.targets, b.targets) and a.num_bytes == b.num_bytes
 
 
 @given(st.integers(1, 500), st.text(max_size=4))
@@ -38,9 +36,7 @@ def test_permute_spreads_every_index_evenly():
 
 def test_no_window_is_repeated_or_missed_within_an_epoch(tmp_path):
     batches = Batches(counting(tmp_path, 10 * 23 + 4), batch_size=4, length=10, seed=3)
-    starts = torch.cat(
-        [batches.at(step).tokens[:, 0] for step in range(23)]
-    ).tolist()  # 4 epochs of 23 windows
+    starts = torch.cat([batches.at(step).tokens[:, 0] for step in range(23)]).tolist()  # 4 epochs of 23 windows
     assert batches.batches_per_epoch == 6
     for epoch in range(4):
         assert sorted(starts[epoch * 23 : epoch * 23 + 23]) == list(range(0, 230, 10))

@@ -4,7 +4,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from moestro.data import Batches, ByteTokenizer, prepare_corpus, train_bpe
+from moestro.data import Batches, ByteTokenizer, Document, prepare_corpus, train_bpe
 from moestro.data.corpus import _Entry, split_documents
 
 
@@ -73,7 +73,8 @@ def test_contents_tokenizer_and_split_are_part_of_the_fingerprint(folders, tmp_p
 
     seen = [fingerprint(), fingerprint("bpe:300"), fingerprint(train_bpe(["a"], 300))]
     seen += [fingerprint(seed=1), fingerprint(validation_fraction=0.2)]
-    (tmp_path / "law" / "0.txt").write_text("amended")
+    law = tmp_path / "law" / "0.txt"
+    law.write_text(law.read_text().replace("number", "nombre"))  # as long as before
     seen.append(fingerprint())
     assert len(set(seen)) == len(seen)
 
@@ -101,11 +102,11 @@ def test_validation_gets_its_share_of_bytes():
 
 
 def test_one_file_is_cut_in_two_between_characters(tmp_path):
-    (tmp_path / "poem.txt").write_text("ü🙂" * 1000)
+    (tmp_path / "poem.txt").write_text("ü🙂" * 1001)
     corpus = prepare_corpus([str(tmp_path / "poem.txt")], "bpe:257", tmp_path / "cache")
     ((train,), (validation,)) = (texts(file, corpus.tokenizer) for file in (corpus.train, corpus.validation))
-    assert train + validation == "ü🙂" * 1000
-    assert len(validation.encode()) == pytest.approx(600, abs=4)
+    assert train + validation == "ü🙂" * 1001
+    assert len(validation.encode()) == pytest.approx(601, abs=4)
 
 
 def test_a_cut_in_bytes_that_are_no_text_keeps_them_all(tmp_path):
@@ -122,6 +123,17 @@ def test_bytes_that_are_not_utf8_suit_bytes_but_not_bpe(tmp_path):
         with pytest.raises(ValueError, match=r"old\.txt is not UTF-8 at byte 3 \(0xe9\)"):
             prepare_corpus([str(path)], tokenizer, tmp_path / "cache")
     assert len(list((tmp_path / "cache").iterdir())) == 1  # nothing half-written
+
+
+@pytest.mark.parametrize("later", [["one", "2"], ["1"], ["1", "2", "3"]])
+def test_text_that_changes_while_it_is_read_is_noticed(tmp_path, monkeypatch, later):
+    readings = iter([["1", "2"], later])
+    monkeypatch.setattr(
+        "moestro.data.corpus.read_documents", lambda *_: [Document(text, text[0]) for text in next(readings)]
+    )
+    with pytest.raises(ValueError, match="changed while the corpus was prepared"):
+        prepare_corpus(None, "byte", tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_a_damaged_cache_is_named(folders, tmp_path):

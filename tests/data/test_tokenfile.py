@@ -46,9 +46,7 @@ def test_every_flipped_bit_is_noticed(path):
         changed = bytearray(data)
         changed[position] ^= 1 << position % 8
         path.write_bytes(changed)
-        with pytest.raises(
-            ValueError, match=r"x\.tokens .*; delete the folder .* and prepare the corpus again"
-        ):
+        with pytest.raises(ValueError, match=r"x\.tokens .*; delete the folder .* and prepare the corpus again"):
             TokenFile(path)
     path.write_bytes(data)
     TokenFile(path)

@@ -98,8 +98,7 @@ def test_bpe_training_repeats_in_another_process():
     )
     command = [sys.executable, "-c", code, json.dumps(PROSE)]
     assert (
-        subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        == BPE.backend().to_str()
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == BPE.backend().to_str()
     )
 
 

@@ -51,9 +51,7 @@ class Batches:
         ValueError: fewer tokens than one batch needs (in order: fewer than two tokens).
     """
 
-    def __init__(
-        self, token_file: TokenFile, batch_size: int, length: int, seed: int = 0, shuffle: bool = True
-    ):
+    def __init__(self, token_file: TokenFile, batch_size: int, length: int, seed: int = 0, shuffle: bool = True):
         if batch_size < 1 or length < 1:
             raise ValueError(f"batch_size={batch_size} and length={length}; both must be at least 1")
         self.token_file, self.batch_size, self.length = token_file, batch_size, length

@@ -8,6 +8,7 @@ import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -58,11 +59,12 @@ class Corpus:
 
 @dataclass(frozen=True)
 class _Entry:
-    """What the split needs to know of a document."""
+    """What the split and the fingerprint need to know of a document."""
 
     name: str
     domain: str
     size: int
+    digest: str = ""
 
 
 def prepare_corpus(
@@ -94,14 +96,12 @@ def prepare_corpus(
         raise ValueError(f"validation_fraction={validation_fraction}; it must lie between 0 and 1")
     chosen = _open(tokenizer)
     skipped: Counter[str] = Counter()
-    state = xxhash.xxh3_128(f"{_FORMAT}/{_identity(chosen)}/{validation_fraction!r}/{seed}".encode())
-    entries = [_register(document, state) for document in read_documents(paths, skipped)]
+    entries = [_entry(document) for document in read_documents(paths, skipped)]
     if not entries:
-        raise ValueError(
-            f"there is no text in {_listed(paths)}{_reasons(skipped)}; give files that hold text"
-        )
+        raise ValueError(f"there is no text in {_listed(paths)}{_reasons(skipped)}; give files that hold text")
     domains = _domains(entries)
-    fingerprint = state.hexdigest()
+    recipe = (_FORMAT, _identity(chosen), validation_fraction, seed, entries)
+    fingerprint = xxhash.xxh3_128_hexdigest(repr(recipe).encode())
     folder = Path(cache_dir) / fingerprint
     if not folder.is_dir():
         plan = list(zip(entries, split_documents(entries, validation_fraction, seed), strict=True))
@@ -120,7 +120,7 @@ def split_documents(entries: Sequence[_Entry], fraction: float, seed: int) -> li
         if len(group) == 1:
             shares[group[0]] = 1 - fraction
             continue
-        group.sort(key=lambda i: (xxhash.xxh3_64_intdigest(_encode(f"{seed}/{entries[i].name}")), i))
+        group.sort(key=lambda i: (xxhash.xxh3_64_intdigest(repr((seed, entries[i].name)).encode()), i))
         for i in _chosen(group, [entry.size for entry in entries], fraction):
             shares[i] = 0.0
     return shares
@@ -155,16 +155,9 @@ def _identity(tokenizer: Tokenizer | int) -> str:
     return f"{tokenizer.backend().to_str()}/{tokenizer.eos_id}"
 
 
-def _register(document: Document, state: xxhash.xxh3_128) -> _Entry:
+def _entry(document: Document) -> _Entry:
     data = document.data
-    for part in (_encode(document.name), _encode(document.domain), data):
-        state.update(len(part).to_bytes(8, "little"))
-        state.update(part)
-    return _Entry(document.name, document.domain, len(data))
-
-
-def _encode(name: str) -> bytes:
-    return name.encode(errors="surrogatepass")  # names of files may be any bytes
+    return _Entry(document.name, document.domain, len(data), xxhash.xxh3_128_hexdigest(data))
 
 
 def _domains(entries: Iterable[_Entry]) -> list[str]:
@@ -212,14 +205,13 @@ def _make_durable(folder: Path) -> None:
     sync_folder(folder)
 
 
-def _part(
-    documents: Iterable[Document], plan: Sequence[tuple[_Entry, float]], split: str
-) -> Iterator[Document]:
+def _part(documents: Iterable[Document], plan: Sequence[tuple[_Entry, float]], split: str) -> Iterator[Document]:
     """The documents, or parts of documents, that belong to a split."""
-    for document, (entry, share) in zip(documents, plan, strict=False):
-        data = document.data
-        if (document.name, len(data)) != (entry.name, entry.size):
-            raise ValueError(f"{document.where} changed while the corpus was prepared; prepare it again")
+    for document, planned in zip_longest(documents, plan):
+        if document is None or planned is None or _entry(document) != planned[0]:
+            where = document.where if document else "the text"
+            raise ValueError(f"{where} changed while the corpus was prepared; prepare it again")
+        data, share = document.data, planned[1]
         cut = _cut(data, share)
         part = data[:cut] if split == "train" else data[cut:]
         if part:

@@ -88,9 +88,7 @@ def default_documents() -> Iterator[Document]:
     root = Path(sysconfig.get_paths()["stdlib"])
     sources = [path for path in _walk(root, Counter(), (*_TESTS, *_FOREIGN)) if _is_text_of_ours(path)]
     if not any(path.suffix == ".py" for path in sources):
-        raise ValueError(
-            f"this Python carries no sources in {root}; give text files, folders or globs instead"
-        )
+        raise ValueError(f"this Python carries no sources in {root}; give text files, folders or globs instead")
     for path in sources:
         data = path.read_bytes()
         if data and _is_utf8(data):
@@ -139,9 +137,7 @@ def _files(paths: Sequence[str | Path], skipped: Counter[str]) -> Iterator[tuple
         elif glob.has_magic(str(given)):
             yield from _matches(path, skipped)
         else:
-            raise ValueError(
-                f"there is no file or folder {str(given)!r} (seen from {Path.cwd()}); check the path"
-            )
+            raise ValueError(f"there is no file or folder {str(given)!r} (seen from {Path.cwd()}); check the path")
 
 
 def _folder(folder: Path, skipped: Counter[str]) -> Iterator[tuple[Path, str, str]]:
@@ -204,9 +200,7 @@ def _record(line: bytes, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{where}: byte {error.start} of the line is not UTF-8, which json must be"
-        ) from None
+        raise ValueError(f"{where}: byte {error.start} of the line is not UTF-8, which json must be") from None
     except (json.JSONDecodeError, RecursionError) as error:
         reason = getattr(error, "msg", "nested too deeply")
         raise ValueError(f"{where}: malformed json ({reason}); expected one object per line") from None

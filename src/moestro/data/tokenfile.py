@@ -114,9 +114,7 @@ class TokenFile:
         for start in range(_HEADER, len(self._map), _CHUNK):
             state.update(self._map[start : start + _CHUNK].data)
         if state.digest() != bytes(self._map[_FIELDS.size : _HEADER]):
-            raise ValueError(
-                f"{self.path} is damaged (its checksum differs); {_MEND.format(self.path.parent)}"
-            )
+            raise ValueError(f"{self.path} is damaged (its checksum differs); {_MEND.format(self.path.parent)}")
 
 
 def write_tokens(

@@ -158,9 +158,7 @@ def train_bpe(documents: Iterable[Document | str | bytes], vocab_size: int) -> B
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
     if vocab_size < 257:
-        raise ValueError(
-            f"vocab_size={vocab_size}, but 256 bytes and {END_OF_TEXT} need 257; pass at least 257"
-        )
+        raise ValueError(f"vocab_size={vocab_size}, but 256 bytes and {END_OF_TEXT} need 257; pass at least 257")
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
