@@ -132,7 +132,7 @@ def _collect(rows: Tensor, token: Tensor, slot: Tensor | None, num_tokens: int) 
         return rows.new_zeros(num_tokens, rows.shape[1]).index_add(0, token, rows)
     if len(rows) < slot.numel():  # dropped choices read the extra row of zeros
         rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
-    chosen = rows.index_select(0, slot.flatten()).view(*slot.shape, -1)  # [tokens, k, width]
+    chosen = rows.index_select(0, slot.flatten()).view(*slot.shape, rows.shape[1])  # [tokens, k, width]
     return chosen.sum(1)
 
 
