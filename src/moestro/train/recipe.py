@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+
+from moestro.train.recipe_errors import did_you_mean, first_error, sentence
+from moestro.train.yaml_source import RecipeError, YamlSource, read_yaml
+
+__all__ = ["DataSection", "ModelSection", "Recipe", "RecipeError", "TrainSection"]
+__all__ += ["dump_recipe", "load_recipe", "shipped_recipes"]
 
 
 class Section(BaseModel):
     """A part of a recipe: immutable, and a misspelt key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("neither true nor false is a value for it")
+        return value
 
 
 class ModelSection(Section):
@@ -20,7 +37,9 @@ class ModelSection(Section):
     options: dict[str, Any] = Field(default_factory=dict, description="options of the method")
     num_experts: int = Field(16, ge=1, description="experts per MoE layer")
     expert_hidden: int = Field(256, ge=1, description="hidden size of one expert")
-    dense_hidden: int | None = Field(None, ge=1, description="hidden size of dense layers; default: equal active parameters")
+    dense_hidden: int | None = Field(
+        None, ge=1, description="hidden size of dense layers; default: equal active size"
+    )
     activation: str = Field("swiglu", description="swiglu, geglu, relu, gelu, silu or squared_relu")
     width: int = Field(192, ge=1, description="model width")
     num_layers: int = Field(4, ge=1, description="transformer layers")
@@ -39,10 +58,15 @@ class ModelSection(Section):
 class DataSection(Section):
     """The text to learn from."""
 
-    paths: tuple[str, ...] = Field((), description="files, folders or globs; empty = Python's own library and topics")
+    paths: tuple[str, ...] = Field((), description="files, folders or globs; empty = Python's own library")
     tokenizer: str = Field("byte", description="byte, bpe:N to train one of N tokens, or a tokenizer.json")
     sequence_length: int = Field(256, ge=2, description="tokens in a sequence")
     validation_fraction: float = Field(0.1, gt=0, lt=1, description="share of documents kept for validation")
+
+    @field_validator("paths", mode="before")
+    @classmethod
+    def _one_path(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
 
 class TrainSection(Section):
@@ -52,21 +76,38 @@ class TrainSection(Section):
     batch_size: int = Field(16, ge=1, description="sequences in an optimiser step")
     accumulate: int = Field(1, ge=1, description="micro-batches that the batch is split into")
     learning_rate: float = Field(3e-3, gt=0, description="peak learning rate")
-    schedule: Literal["cosine", "wsd", "constant"] = Field("cosine", description="learning-rate schedule after warm-up")
-    warmup: int = Field(40, ge=0, description="steps of linear warm-up")
+    schedule: Literal["cosine", "wsd", "constant"] = Field("cosine", description="learning rate after warm-up")
+    warmup_fraction: float = Field(0.1, ge=0, lt=1, description="share of the steps that warms up linearly")
     decay_fraction: float = Field(0.2, gt=0, le=1, description="wsd: share of the steps that decays")
     final_fraction: float = Field(0.1, ge=0, le=1, description="learning rate at the end, as a share of the peak")
     weight_decay: float = Field(0.1, ge=0, description="AdamW weight decay of matrices")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW first-moment decay")
     beta2: float = Field(0.95, ge=0, lt=1, description="AdamW second-moment decay")
     clip: float = Field(1.0, ge=0, description="gradient-norm clip; 0 = none")
-    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="autocast; auto = bfloat16 where the processor has it")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto = bfloat16 if the hardware has it"
+    )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    threads: int = Field(0, ge=0, description="CPU threads; 0 = every core")
+    threads: int = Field(0, ge=0, description="CPU threads; 0 = OMP_NUM_THREADS if set, else every core")
     compile: bool = Field(False, description="torch.compile the model")
     evaluate_every: int = Field(100, ge=1, description="steps between evaluations")
-    evaluation_batches: int = Field(20, ge=1, description="validation batches per evaluation; the last one uses all")
+    evaluation_batches: int = Field(20, ge=1, description="validation batches of an evaluation on the way")
+    final_evaluation_batches: int = Field(0, ge=0, description="validation batches of the last evaluation; 0 = all")
     log_every: int = Field(10, ge=1, description="steps between printed lines and routing records")
+
+    @model_validator(mode="after")
+    def _batch_splits_evenly(self) -> TrainSection:
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"batch_size={self.batch_size} does not split into accumulate={self.accumulate} equal parts; "
+                f"pass a batch_size that is a multiple of {self.accumulate}"
+            )
+        if self.schedule == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
+            raise ValueError(
+                f"warmup_fraction={self.warmup_fraction} and decay_fraction={self.decay_fraction} "
+                "together exceed the run; their sum must be at most 1"
+            )
+        return self
 
 
 class Recipe(Section):
@@ -74,6 +115,117 @@ class Recipe(Section):
 
     seed: int = Field(0, ge=0, description="seed of weights, data order and routing noise")
     twin: bool = Field(True, description="also train the dense twin of equal active parameters")
-    model: ModelSection = Field(default_factory=ModelSection)
-    data: DataSection = Field(default_factory=DataSection)
-    train: TrainSection = Field(default_factory=TrainSection)
+    model: ModelSection = Field(default_factory=lambda: ModelSection.model_validate({}))
+    data: DataSection = Field(default_factory=lambda: DataSection.model_validate({}))
+    train: TrainSection = Field(default_factory=lambda: TrainSection.model_validate({}))
+
+
+def load_recipe(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """A recipe from a YAML file, with some of its values replaced.
+
+    Args:
+        path: a YAML file, the name of a shipped recipe such as `first`, or None for the default recipe.
+        overrides: values that replace the file's, nested `{"train": {"steps": 5}}` or dotted `{"train.steps": 5}`.
+
+    Raises RecipeError, one sentence that names the file, the line and the key, for an unknown key, a wrong type,
+    a value out of range, an unknown method or an option that the method does not take.
+    """
+    source = read_yaml(_find(path))
+    given = _nested(overrides or {})
+    recipe = _validated(_merged(source.values, given), _Places(source, given))
+    _check_method(recipe.model, _Places(source, given))
+    return recipe
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML with every value written out; `load_recipe` reads it back unchanged."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "recipes", package.parents[1] / "recipes"):  # a wheel, a checkout
+        if folder.is_dir():
+            return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+    return {}
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where each value came from, for error messages."""
+
+    source: YamlSource
+    overrides: Mapping[str, Any]
+
+    def of(self, key: tuple[str | int, ...]) -> str:
+        return "--" + ".".join(map(str, key)) if self._overridden(key) else self.source.place(key)
+
+    def _overridden(self, key: tuple[str | int, ...]) -> bool:
+        value: Any = self.overrides
+        for part in key:
+            if not isinstance(value, Mapping):
+                return True  # a whole value was replaced, this is a part of it
+            if part not in value:
+                return False
+            value = value[part]
+        return bool(key) and not isinstance(value, Mapping)
+
+
+def _find(path: str | Path | None) -> Path:
+    shipped = shipped_recipes()
+    if path is None or (str(path) in shipped and not Path(path).exists()):
+        name = "first" if path is None else str(path)
+        if name not in shipped:
+            raise RecipeError("the default recipe is missing from this installation; name a recipe file")
+        return shipped[name]
+    if not Path(path).exists():
+        hint = did_you_mean(Path(path).stem, shipped)
+        raise RecipeError(f"no recipe at {path}; shipped recipes: {', '.join(shipped) or 'none'}{hint}")
+    return Path(path)
+
+
+def _nested(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in overrides.items():
+        first, _, rest = str(key).partition(".")
+        value = _nested({rest: value} if rest else value) if rest or isinstance(value, Mapping) else value
+        result = _merged(result, {first: value})
+    return result
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(below)
+    for key, value in above.items():
+        old = result.get(key)
+        both = isinstance(old, Mapping) and isinstance(value, Mapping)
+        result[key] = _merged(old, value) if both else value  # type: ignore[arg-type]
+    return result
+
+
+def _validated(values: Mapping[str, Any], places: _Places) -> Recipe:
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        first = first_error(error)
+        raise RecipeError(f"{places.of(first['loc'])}: {sentence(first, Recipe)}") from None
+
+
+def _check_method(model: ModelSection, places: _Places) -> None:
+    """The method and its options exist; only here is torch needed."""
+    if model.method is None:
+        if model.options:
+            raise RecipeError(f"{places.of(('model', 'options'))}: model.options needs a model.method")
+        return
+    from moestro.methods import all_methods
+
+    methods = all_methods()
+    if model.method not in methods:
+        hint = did_you_mean(model.method, methods) or f"; there are {', '.join(methods)}"
+        raise RecipeError(f"{places.of(('model', 'method'))}: unknown method {model.method!r}{hint}")
+    known = methods[model.method].options
+    for name in model.options:
+        if name not in known:
+            hint = did_you_mean(name, known) or f"; it takes {', '.join(known) or 'none'}"
+            where = places.of(("model", "options", name))
+            raise RecipeError(f"{where}: {model.method} has no option {name!r}{hint}")

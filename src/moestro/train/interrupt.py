@@ -1,0 +1,49 @@
+"""Turning ctrl-C into a clean stop: the first asks, the second insists."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequested(Exception):
+    """Raised by `Interrupt.check` at a point where the run can be saved."""
+
+
+class Interrupt:
+    """While it is entered, SIGINT and SIGTERM are remembered; `check` raises where stopping is safe.
+
+    A second signal acts at once, as if this class did not exist. Outside the main thread, where Python allows no
+    signal handlers, nothing is changed.
+    """
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def check(self) -> None:
+        if self.signal_number is not None:
+            raise StopRequested
+
+    def __enter__(self) -> Interrupt:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._remember) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._restore()
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self.signal_number is not None:
+            self._restore()
+            raise SystemExit(128 + number) if number == signal.SIGTERM else KeyboardInterrupt
+        self.signal_number = number
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}

@@ -1,0 +1,142 @@
+"""One optimiser step of a language model: forward, auxiliary losses, backward, clip, update, controllers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moestro.balance import RoutingLog
+from moestro.data import Batch
+from moestro.train.errors import NonFiniteLoss
+from moestro.train.machine import Machine
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step measured: mean loss of a token in nats, the weighted auxiliary loss, the gradient norm
+    before clipping, and each auxiliary loss without its coefficient."""
+
+    loss: float
+    auxiliary_loss: float
+    grad_norm: float
+    named: dict[str, float] = field(default_factory=dict)
+
+
+class Stepper:
+    """Takes optimiser steps.
+
+    A batch is split into `accumulate` micro-batches. Each token weighs the same however it is split: losses are
+    summed over tokens and divided by the tokens of the whole batch; an auxiliary loss counts by the share of the
+    tokens in its micro-batch.
+
+    Args:
+        model: tokens `[batch, length]` -> logits.
+        optimiser: of the model's parameters.
+        machine: device and precision.
+        log: of the model's MoE layers; None for a dense model.
+        accumulate: micro-batches in a batch.
+        clip: largest gradient norm; 0 = no clipping.
+        compiled: what to call in place of the model, for example `torch.compile(model)`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimiser: torch.optim.Optimizer,
+        machine: Machine,
+        log: RoutingLog | None = None,
+        *,
+        accumulate: int = 1,
+        clip: float = 1.0,
+        compiled: Callable[[Tensor], Tensor] | None = None,
+    ):
+        self.model, self.optimiser, self.machine, self.log = model, optimiser, machine, log
+        self.accumulate, self.clip = accumulate, clip
+        self._forward: Callable[[Tensor], Tensor] = model if compiled is None else compiled
+
+    def __call__(self, batch: Batch, step: int) -> StepResult:
+        """Learn from one batch; raises NonFiniteLoss, naming `step`, before a bad gradient reaches the weights."""
+        self.model.train()
+        self.optimiser.zero_grad(set_to_none=True)
+        parts = [self._backward(*part) for part in self._parts(batch)]
+        total = {name: torch.stack([part[name] for part in parts]).sum() for name in parts[0]}
+        norm = self._gradient_norm()
+        loss, auxiliary, grad_norm = torch.stack([total.pop("loss"), total.pop("auxiliary_loss"), norm]).tolist()
+        if not all(map(math.isfinite, (loss, auxiliary, grad_norm))):
+            raise NonFiniteLoss(self._explain(batch, step, loss, auxiliary))
+        self.optimiser.step()
+        if self.log is not None:
+            self.log.update_controllers()
+        return StepResult(loss, auxiliary, grad_norm, {name: float(value) for name, value in total.items()})
+
+    def _parts(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """Tokens, targets and the weight of one token's loss, for each micro-batch."""
+        tokens = batch.tokens.to(self.machine.device).chunk(self.accumulate)
+        targets = batch.targets.to(self.machine.device).chunk(self.accumulate)
+        for some_tokens, some_targets in zip(tokens, targets, strict=True):
+            yield some_tokens, some_targets, 1 / batch.targets.numel()
+
+    def _backward(self, tokens: Tensor, targets: Tensor, weight: float) -> dict[str, Tensor]:
+        share = tokens.numel() * weight
+        if self.log is None:
+            with self.machine.autocast():
+                logits = self._forward(tokens)
+            auxiliary, named = logits.new_zeros((), dtype=torch.float32), {}
+        else:
+            with self.log.recording(), self.machine.autocast():
+                logits = self._forward(tokens)
+            auxiliary, named = self.log.auxiliary_loss() * share, self.log.losses()
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum") * weight
+        (loss + auxiliary).backward()
+        measured = {"loss": loss.detach(), "auxiliary_loss": auxiliary.detach().float()}
+        return measured | {name: value * share for name, value in named.items()}
+
+    def _gradient_norm(self) -> Tensor:
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.clip:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip, norm)
+        return norm
+
+    def _explain(self, batch: Batch, step: int, loss: float, auxiliary: float) -> str:
+        if math.isfinite(loss) and math.isfinite(auxiliary):
+            grads = ((name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None)
+            name = next((name for name, grad in grads if not grad.isfinite().all()), "its norm")
+            return f"the gradient is not finite at step {step} (first in {name}); {_ADVICE}"
+        which = "loss" if math.isfinite(auxiliary) else "auxiliary loss"
+        tokens = batch.tokens.to(self.machine.device).chunk(self.accumulate)
+        found = (first_non_finite(self.model, part, self.machine) for part in tokens)
+        culprit = next((name for name in found if name), None)
+        where = f" (first in {culprit})" if culprit else ""
+        return f"the {which} is {loss if which == 'loss' else auxiliary} at step {step}{where}; {_ADVICE}"
+
+
+_ADVICE = "lower train.learning_rate, lengthen train.warmup_fraction or use train.precision float32"
+
+
+@torch.no_grad()
+def first_non_finite(model: nn.Module, tokens: Tensor, machine: Machine) -> str | None:
+    """The first module, in the order of the forward pass, whose weights or output are not finite."""
+    found: list[str] = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, arguments: object, output: object) -> None:
+            tensors = [*module.parameters(recurse=False), *([output] if isinstance(output, Tensor) else [])]
+            if not found and not all(t.isfinite().all() for t in tensors):
+                found.append(name)
+
+        return hook
+
+    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+    try:
+        with machine.autocast():
+            model(tokens)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None

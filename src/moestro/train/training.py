@@ -1,0 +1,268 @@
+"""The training of one model, from its first step or from where it was stopped, to its result."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import statistics
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moestro.balance import RoutingLog
+from moestro.data import Batch, Corpus
+from moestro.inference import Evaluation, evaluate
+from moestro.inspect import routing_record
+from moestro.layers import MoE
+from moestro.models import DecoderLM, save_model
+from moestro.train.build import training_batches, validation_batches
+from moestro.train.errors import Stopped
+from moestro.train.files import JsonLines, write_json
+from moestro.train.interrupt import Interrupt, StopRequested
+from moestro.train.machine import Machine, versions
+from moestro.train.optimiser import build_optimiser, set_learning_rate
+from moestro.train.progress import Progress
+from moestro.train.recipe import Recipe
+from moestro.train.schedule import schedule
+from moestro.train.state import Checkpoint, capture, read_checkpoint, restore, write_checkpoint
+from moestro.train.step import Stepper, StepResult
+from moestro.train.witness import Witness
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What the models of a run share."""
+
+    recipe: Recipe
+    machine: Machine
+    corpus: Corpus
+    progress: Progress
+    interrupt: Interrupt
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """What a resumed run must share with the one before to repeat it exactly."""
+        return {
+            "corpus": self.corpus.fingerprint,
+            "torch": torch.__version__,
+            "threads": str(self.machine.threads),
+            "device": str(self.machine.device),
+            "precision": self.machine.precision_name,
+        }
+
+
+class Training:
+    """Trains one model in one folder; see `run`.
+
+    Args:
+        name: how the model is called in progress and result, "moe" or "dense twin".
+        model: with fresh weights.
+        folder: where its files go.
+        around: what it shares with the other model of the run.
+    """
+
+    def __init__(self, name: str, model: DecoderLM, folder: Path, around: Surroundings):
+        self.name, self.folder, self.around = name, folder, around
+        self.settings = around.recipe.train
+        self.model = model.to(around.machine.device)
+        sparse = any(isinstance(module, MoE) for module in model.modules())
+        self.log = RoutingLog(model) if sparse else None
+        self.optimiser = build_optimiser(
+            model,
+            learning_rate=self.settings.learning_rate,
+            weight_decay=self.settings.weight_decay,
+            betas=(self.settings.beta1, self.settings.beta2),
+        )
+        self.batches = training_batches(around.corpus, around.recipe)
+        self.step, self.seconds, self._started = 0, 0.0, time.monotonic()
+        self.metrics: JsonLines
+        self.evaluations: JsonLines
+        self.routing: JsonLines
+
+    def run(self) -> dict[str, Any]:
+        """Train to the last step, evaluate, save the model; the content of result.json.
+
+        Raises Stopped, after saving `checkpoint/`, when a signal asked for it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._begin()
+        progress, steps = self.around.progress, self.settings.steps
+        progress.begin(self.name, self.step, steps, self.settings.log_every)
+        try:
+            with self._files():
+                self._started = time.monotonic()
+                return self._finish(*self._loop())
+        finally:
+            progress.end()
+
+    def _begin(self) -> None:
+        seed_everything(self.around.recipe.seed)
+        checkpoint = read_checkpoint(self.folder / "checkpoint")
+        if checkpoint is not None:
+            self._compare(checkpoint)
+            restore(checkpoint, self.model, self.optimiser)
+            self.step, self.seconds = checkpoint.step, checkpoint.seconds
+            self.around.progress.say(f"{self.name}: resumed after step {self.step}")
+
+    def _compare(self, checkpoint: Checkpoint) -> None:
+        now, before = self.around.fingerprint, checkpoint.fingerprint
+        if before.get("corpus") != now["corpus"]:
+            raise ValueError("the text has changed since this run was stopped; restore it, or start a new run")
+        for name in sorted(now.keys() - {"corpus"}):
+            if before.get(name) != now[name]:
+                self.around.progress.say(
+                    f"{name} was {before.get(name)} and is {now[name]}: the run will not repeat bit for bit"
+                )
+
+    def _loop(self) -> tuple[Evaluation, Witness | None]:
+        """Steps and evaluations in turn; the last evaluation is the result, and is watched."""
+        stepper = self._stepper()
+        share = schedule(
+            self.settings.schedule,
+            steps=self.settings.steps,
+            warmup_fraction=self.settings.warmup_fraction,
+            decay_fraction=self.settings.decay_fraction,
+            final_fraction=self.settings.final_fraction,
+        )
+        try:
+            while self.step < self.settings.steps:
+                if self._evaluation_due():
+                    self._evaluate(self.settings.evaluation_batches)
+                self.around.interrupt.check()
+                self._one_step(stepper, self.settings.learning_rate * share(self.step))
+            witness = Witness(self.log, self.around.corpus) if self.log is not None else None
+            return self._evaluate(self.settings.final_evaluation_batches, witness), witness
+        except StopRequested:
+            self._save()
+            raise Stopped(
+                f"stopped after step {self.step} of {self.settings.steps} and saved; --resume continues",
+                self.step,
+                self.around.interrupt.signal_number or 2,
+            ) from None
+
+    def _stepper(self) -> Stepper:
+        compiled: Any = torch.compile(self.model) if self.settings.compile else None
+        return Stepper(
+            self.model,
+            self.optimiser,
+            self.around.machine,
+            self.log,
+            accumulate=self.settings.accumulate,
+            clip=self.settings.clip,
+            compiled=compiled,
+        )
+
+    def _one_step(self, stepper: Stepper, learning_rate: float) -> None:
+        started = time.perf_counter()
+        set_learning_rate(self.optimiser, learning_rate)
+        batch = self.batches.at(self.step)
+        result = stepper(batch, self.step + 1)
+        self.step += 1
+        speed = batch.tokens.numel() / (time.perf_counter() - started)
+        self._record(result, learning_rate, speed)
+
+    def _record(self, result: StepResult, learning_rate: float, speed: float) -> None:
+        record = result.named | {
+            "step": self.step,
+            "loss": result.loss,
+            "lr": learning_rate,
+            "tokens_per_second": speed,
+            "grad_norm": result.grad_norm,
+            "auxiliary_loss": result.auxiliary_loss,
+        }
+        self.metrics.append(record)
+        if self.log is not None and (self.step % self.settings.log_every == 0 or self.step == self.settings.steps):
+            routing = routing_record(self.step, self.log.decisions)
+            self.routing.append(routing)
+            self.around.progress.load({layer["name"]: layer["load"] for layer in routing["layers"]})
+        self.around.progress.step(record)
+
+    def _evaluation_due(self) -> bool:
+        done = [record["step"] for record in self.evaluations.records]
+        return self.step > 0 and self.step % self.settings.evaluate_every == 0 and self.step not in done
+
+    def _evaluate(self, count: int, witness: Witness | None = None) -> Evaluation:
+        around, parts = self.around, self.settings.accumulate
+        size, length = self.settings.batch_size // parts, around.recipe.data.sequence_length
+        batches = validation_batches(around.corpus.validation, size, length, count * parts)
+        measured = evaluate(self.model, self._watched(batches, witness), precision=around.machine.precision)
+        record = {"step": self.step, "validation_loss": measured.loss, "bits_per_byte": measured.bits_per_byte}
+        self.evaluations.append(record)
+        around.progress.evaluated(record)
+        return measured
+
+    def _watched(self, batches: Iterable[Batch], witness: Witness | None) -> Iterator[Batch]:
+        """The batches; an evaluation may stop between two of them, and a witness sees how each was routed."""
+        for batch in batches:
+            self.around.interrupt.check()
+            if witness is None:
+                yield batch
+            else:
+                with witness.watching(batch):
+                    yield batch
+
+    def _finish(self, evaluation: Evaluation, witness: Witness | None) -> dict[str, Any]:
+        """Write the model and its result; result.json, last, says that this model is done."""
+        saved = save_model(self.model, self.folder / "model", self.around.corpus.tokenizer)
+        described: dict[str, Any] = {"layout": saved.layout}
+        if witness is not None:
+            specialisation, routing = witness.result()
+            write_json(self.folder / "specialisation.json", specialisation)
+            described |= routing
+        result = self._facts(evaluation) | described
+        write_json(self.folder / "result.json", result)
+        shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
+        return result
+
+    def _facts(self, evaluation: Evaluation) -> dict[str, Any]:
+        around, counts = self.around, self.model.parameter_counts()
+        recipe = around.recipe
+        return {
+            "name": self.name,
+            "method": self.model.config["method"],
+            "validation_bits_per_byte": evaluation.bits_per_byte,
+            "validation_loss": evaluation.loss,
+            "validation_accuracy": evaluation.accuracy,
+            "validation_bytes": evaluation.num_bytes,
+            "tokens_per_second": statistics.median(r["tokens_per_second"] for r in self.metrics.records),
+            "active_parameters": counts.active,
+            "total_parameters": counts.total,
+            "seconds": round(self._elapsed(), 1),
+            "steps": self.step,
+            "tokens": self.step * recipe.train.batch_size * recipe.data.sequence_length,
+            "seed": recipe.seed,
+            "device": str(around.machine.device),
+            "precision": around.machine.precision_name,
+            "threads": around.machine.threads,
+            "corpus": around.corpus.fingerprint,
+            "versions": versions(),
+        }
+
+    def _save(self) -> None:
+        state = capture(self.model, self.optimiser, self.step, self._elapsed(), self.around.fingerprint)
+        write_checkpoint(self.folder / "checkpoint", state)
+
+    def _elapsed(self) -> float:
+        """Seconds spent on this model, also before it was stopped."""
+        return self.seconds + time.monotonic() - self._started
+
+    @contextmanager
+    def _files(self) -> Iterator[None]:
+        names = ["metrics", "evaluations", *(["routing"] if self.log else [])]
+        with ExitStack() as stack:
+            for name in names:
+                setattr(self, name, stack.enter_context(JsonLines(self.folder / f"{name}.jsonl", self.step)))
+            yield
+
+
+def seed_everything(seed: int) -> None:
+    """Seed every generator that a method might draw from."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
