@@ -71,9 +71,7 @@ def test_counts_are_exact():
 
 def test_padding_is_not_counted_and_dropped_choices_are():
     counter = SpecialisationCounter(1, 3, ["layer"])
-    decision = choose(
-        [[0], [1], [1]], 2, valid=[True, True, False], keep=torch.tensor([[True], [False], [False]])
-    )
+    decision = choose([[0], [1], [1]], 2, valid=[True, True, False], keep=torch.tensor([[True], [False], [False]]))
     counter.add({"layer": decision}, torch.tensor([0, 1, 2]), torch.zeros(3))
     assert counter.domain_counts["layer"].tolist() == [[1, 1]]
 
@@ -103,9 +101,7 @@ def test_a_rare_token_does_not_win_by_chance():
 
 
 def test_blind_choice_has_lift_one():
-    assert_close(
-        lift(torch.outer(torch.tensor([10.0, 20.0]), torch.tensor([1.0, 2.0, 3.0]))), torch.ones(2, 3)
-    )
+    assert_close(lift(torch.outer(torch.tensor([10.0, 20.0]), torch.tensor([1.0, 2.0, 3.0]))), torch.ones(2, 3))
 
 
 def test_result_tells_code_from_prose():
@@ -115,9 +111,7 @@ def test_result_tells_code_from_prose():
     domain = (torch.arange(len(text)) >= code).long()
     letters = torch.tensor([97 <= byte <= 122 for byte in text]).long()
     counter = SpecialisationCounter(2, 256, ["by_domain", "by_letter"])
-    counter.add(
-        {"by_domain": choose(domain[:, None], 3), "by_letter": choose(letters[:, None], 3)}, tokens, domain
-    )
+    counter.add({"by_domain": choose(domain[:, None], 3), "by_letter": choose(letters[:, None], 3)}, tokens, domain)
     result = json.loads(json.dumps(counter.result(["code", "prose"], Bytes())))
     first, second = result["layers"]
     assert result["domains"] == ["code", "prose"]

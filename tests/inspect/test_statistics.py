@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from moestro.inspect import LayerTally, layer_statistics, routing_record
-from moestro.inspect.statistics import dead_experts, dead_threshold
+from moestro.inspect.dead import dead_experts, dead_threshold
 from moestro.routing import Decision, MergeRouting, SoftRouting, SparseRouting
 
 
@@ -44,9 +44,7 @@ def test_margin_is_the_gap_between_the_last_chosen_and_the_first_not_chosen():
 
 
 def test_entropy_of_even_and_of_certain_probabilities():
-    assert layer_statistics(decide(torch.full((5, 8), 1 / 8)))["entropy"] == pytest.approx(
-        math.log(8), rel=1e-5
-    )
+    assert layer_statistics(decide(torch.full((5, 8), 1 / 8)))["entropy"] == pytest.approx(math.log(8), rel=1e-5)
     assert layer_statistics(decide(torch.eye(3)))["entropy"] == 0.0
 
 
@@ -118,9 +116,7 @@ def test_nothing_recorded_is_refused():
 
 
 def test_record_names_every_layer_in_order():
-    record = routing_record(
-        7, {"layers.0.moe": [decide(PROBS)], "layers.1.moe": [decide(PROBS), decide(PROBS)]}
-    )
+    record = routing_record(7, {"layers.0.moe": [decide(PROBS)], "layers.1.moe": [decide(PROBS), decide(PROBS)]})
     assert record["step"] == 7
     assert [layer["name"] for layer in record["layers"]] == ["layers.0.moe", "layers.1.moe"]
     assert [layer["tokens"] for layer in record["layers"]] == [4, 8]

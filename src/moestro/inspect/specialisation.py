@@ -31,9 +31,7 @@ class SpecialisationCounter:
         self.domain_counts: dict[str, Tensor] = {}  # [domains, experts] float64, exact below 2^53
         self.token_counts: dict[str, Tensor] = {}  # [vocabulary, experts]
 
-    def add(
-        self, decisions: Mapping[str, Decision | Iterable[Decision]], tokens: Tensor, domain: Tensor
-    ) -> None:
+    def add(self, decisions: Mapping[str, Decision | Iterable[Decision]], tokens: Tensor, domain: Tensor) -> None:
         """Adds one batch.
 
         Args:
@@ -43,9 +41,7 @@ class SpecialisationCounter:
         tokens, domain = tokens.detach().cpu().flatten().long(), domain.detach().cpu().flatten().long()
         for name in self.layer_names:
             if name not in decisions:
-                raise ValueError(
-                    f"no decision of layer {name!r}; record the batch in all of {self.layer_names}"
-                )
+                raise ValueError(f"no decision of layer {name!r}; record the batch in all of {self.layer_names}")
             recorded = decisions[name]
             for decision in [recorded] if isinstance(recorded, Decision) else recorded:
                 self._add(name, decision, tokens, domain)
@@ -69,9 +65,7 @@ class SpecialisationCounter:
             tokenizer: anything with `decode_bytes(ids) -> bytes`.
         """
         if len(domains) != self.num_domains:
-            raise ValueError(
-                f"{len(domains)} domain names for {self.num_domains} domains; pass one name each"
-            )
+            raise ValueError(f"{len(domains)} domain names for {self.num_domains} domains; pass one name each")
         counted = [name for name in self.layer_names if name in self.domain_counts]
         content = _contents(self.token_counts, tokenizer)
         return {

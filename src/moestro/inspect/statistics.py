@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moestro.inspect.dead import dead_experts
 from moestro.routing import Decision, SparseRouting
 
 
@@ -24,7 +25,7 @@ def layer_statistics(decisions: Decision | Iterable[Decision]) -> dict[str, Any]
         sigmoids being divided by their sum first; `margin`, mean gap between the k-th and the k+1-th
         probability of a token (token choice only); `dropped`, share of the choices that capacity or another
         policy dropped, or, where experts choose, share of the tokens that no expert took;
-        `dead`, number of experts below `dead_threshold`; `experts_per_token`; `tokens`.
+        `dead`, number of experts below `dead_threshold` of the tokens; `experts_per_token`; `tokens`.
     """
     decisions = [decisions] if isinstance(decisions, Decision) else list(decisions)
     if not decisions:
@@ -44,22 +45,6 @@ def routing_record(step: int, decisions: Mapping[str, Decision | Iterable[Decisi
     """
     layers = [{"name": name, **layer_statistics(of_layer)} for name, of_layer in decisions.items()]
     return {"step": step, "layers": layers}
-
-
-def dead_threshold(num_experts: int, experts_per_token: float) -> float:
-    """The share of a layer's tokens below which an expert counts as dead.
-
-    1 % of the tokens; a quarter of the fair share k / experts where that is less, since with hundreds of
-    experts even a perfectly even load gives each of them about 1 %.
-    """
-    return min(0.01, experts_per_token / num_experts / 4)
-
-
-def dead_experts(load: Iterable[float], experts_per_token: float) -> list[int]:
-    """The experts whose share of the tokens lies below the threshold; `load` [experts] sums to 1."""
-    load = list(load)
-    threshold = dead_threshold(len(load), experts_per_token) if load else 0.0
-    return [expert for expert, share in enumerate(load) if share * experts_per_token < threshold]
 
 
 class LayerTally:
