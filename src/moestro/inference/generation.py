@@ -33,8 +33,8 @@ def generate(
         temperature: 0 = greedy.
         top_p: sample from the smallest set of tokens that holds this probability.
         seed: of the draws.
-        cache: remember keys and values instead of computing them again; the same tokens come out, except with
-            methods that drop tokens over capacity: one new token at a time never exceeds it.
+        cache: remember keys and values instead of computing them again, where routing allows it; the same tokens
+            come out, except with methods that drop tokens over capacity: one new token at a time never exceeds it.
         stop: token ids that end the text; the one that did is not returned.
 
     Raises:
@@ -43,7 +43,7 @@ def generate(
     prompt = torch.as_tensor(tokens, dtype=torch.long, device=model.embedding.weight.device).flatten()
     _check(model, prompt, max_new_tokens)
     sampler = Sampler(temperature, top_p, seed)
-    return _stream(model, prompt[None], max_new_tokens, sampler, cache, frozenset(stop))
+    return _stream(model, prompt[None], max_new_tokens, sampler, cache and model.cacheable, frozenset(stop))
 
 
 def _stream(

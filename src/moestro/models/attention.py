@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moestro.models.attend import attend
 from moestro.models.cache import LayerCache
 from moestro.models.norm import RMSNorm
 from moestro.models.rotary import rotate_halves
@@ -87,20 +87,3 @@ class GroupedQueryAttention(nn.Module):
 
     def _normalise(self, heads: Tensor, norm: nn.Module) -> Tensor:
         return norm(heads.flatten(2)).view_as(heads) if self.qk_norm == "full" else norm(heads)
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
-    """Scaled dot-product attention; causal when there is no mask and more than one query.
-
-    Shapes: `[batch, length, heads, head_dim]` three times -> `[batch, length, heads * head_dim]`.
-    """
-    y = F.scaled_dot_product_attention(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=mask is None and query.shape[1] > 1,
-        enable_gqa=query.shape[2] != key.shape[2],
-        scale=scale,
-    )
-    return y.transpose(1, 2).flatten(2)

@@ -140,6 +140,11 @@ class DecoderLM(nn.Module):
         """Whether the tokens of one sequence never depend on the other sequences of the batch."""
         return all(block.moe is None or block.moe.batch_independent for block in self.blocks)
 
+    @property
+    def cacheable(self) -> bool:
+        """Whether new tokens need no more of earlier ones than keys and values; routers may look at earlier ids."""
+        return not any(getattr(block.moe.router, "needs_history", False) for block in self.blocks if block.moe)
+
     def parameter_counts(self) -> ModelCounts:
         """Parameters: all of them, those that one token uses, and by component."""
         return count_parameters(self)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moestro.models.attention import attend
+from moestro.models.attend import attend
 from moestro.models.cache import LayerCache
 from moestro.models.norm import RMSNorm
 from moestro.models.rotary import rotate_pairs

@@ -1,0 +1,51 @@
+"""Scaled dot-product attention, by the way that is fastest for the sizes at hand."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SHORT = 512
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Mix values by the likeness of queries and keys; causal when there is no mask and more than one query.
+
+    Shapes: `[batch, length, heads, head_dim]` three times, keys and values with as many heads or a divisor,
+    mask `[batch or 1, 1, length, stored + length]` or None -> `[batch, length, heads * head_dim]`.
+    """
+    if mask is None and _short_on_cpu(query, key):
+        return _by_matmul(query, key, value)
+    y = F.scaled_dot_product_attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=mask is None and query.shape[1] > 1,
+        enable_gqa=query.shape[2] != key.shape[2],
+    )
+    return y.transpose(1, 2).flatten(2)
+
+
+def _short_on_cpu(query: Tensor, key: Tensor) -> bool:
+    """Where plain matrix products win: bfloat16 on a CPU, up to 512 positions.
+
+    Measured on 2 cores with AVX512-BF16, forward and backward, 4096 tokens: 8 heads of 64 at length 256 take 22 ms
+    against 57 ms of the fused kernel, 4 heads of 48 at length 512 25 against 39, at length 1024 73 against 45.
+    """
+    length = query.shape[1]
+    return query.device.type == "cpu" and query.dtype == torch.bfloat16 and length == key.shape[1] <= SHORT
+
+
+def _by_matmul(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Causal attention with the scores written out; the query heads of a group lie behind each other as rows."""
+    batch, length, num_heads, head_dim = query.shape
+    num_kv_heads = key.shape[2]
+    rows = query.transpose(1, 2).reshape(batch * num_kv_heads, -1, head_dim)
+    keys, values = key.transpose(1, 2).flatten(0, 1), value.transpose(1, 2).flatten(0, 1)
+    future = torch.full((length, length), -torch.inf, dtype=query.dtype).triu(1)
+    future = future.repeat(num_heads // num_kv_heads, 1)
+    scores = torch.baddbmm(future, rows, keys.transpose(1, 2), alpha=head_dim**-0.5)
+    y = torch.softmax(scores, dim=-1) @ values
+    return y.view(batch, num_heads, length, -1).transpose(1, 2).flatten(2)

@@ -1,0 +1,89 @@
+"""How many bytes a training step keeps for its backward pass, worked out from the shapes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from moestro.experts import is_gated
+from moestro.models.attend import SHORT
+from moestro.models.attention import GroupedQueryAttention
+from moestro.models.decoder import Attention, Block, DecoderLM
+from moestro.models.latent import LatentAttention
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes per token, for sequences of `length` tokens in a precision of `size` bytes.
+
+    The residual stream, norms and routers are float32, whatever the precision.
+
+    Attributes:
+        size: bytes of a number under autocast; 4 = no autocast.
+        length: tokens in a sequence.
+        on_cpu: attention of short sequences then writes its scores out (see `attend`).
+    """
+
+    size: int
+    length: int
+    on_cpu: bool
+
+    def model(self, model: DecoderLM) -> int:
+        """Everything between embedding and head."""
+        return sum(self.block(block) for block in model.blocks)
+
+    def head(self, model: DecoderLM) -> int:
+        """The last norm; logits, their log-softmax and its gradient."""
+        return self.norm(len(model.norm.weight)) + model.vocab_size * (8 + self.size)
+
+    def block(self, block: Block) -> int:
+        width = len(block.attention_norm.weight)
+        return 2 * self.norm(width) + self.attention(block.attention) + self.feed_forward(block, width)
+
+    def norm(self, width: int) -> int:
+        """Input and normalised input in float32, and the result as the next matrix product takes it."""
+        return width * (8 + self.size)
+
+    def attention(self, attention: Attention) -> int:
+        if isinstance(attention, GroupedQueryAttention):
+            return self.size * self._grouped_query(attention) + self._norm_of_queries(attention)
+        return self.size * self._latent(attention) + 8 * (attention.kv_lora_rank + (attention.q_lora_rank or 0))
+
+    @property
+    def _scores_kept(self) -> bool:
+        return self.on_cpu and self.size == 2 and self.length <= SHORT
+
+    def _grouped_query(self, attention: GroupedQueryAttention) -> int:
+        heads, kv_heads, dim = attention.num_heads, attention.num_kv_heads, attention.head_dim
+        used = dim * (2 * heads + 2 * kv_heads)  # rotated queries and keys, values, result
+        if self._scores_kept:
+            return used + heads * self.length
+        return used + dim * (heads + kv_heads)  # values are a view that keeps the whole projection
+
+    def _norm_of_queries(self, attention: GroupedQueryAttention) -> int:
+        heads = attention.num_heads + attention.num_kv_heads
+        return 0 if attention.qk_norm == "none" else heads * attention.head_dim * 8
+
+    def _latent(self, attention: LatentAttention) -> int:
+        heads, qk_dim = attention.num_heads, attention.nope_dim + attention.rope_dim
+        latents = attention.kv_lora_rank + attention.rope_dim + (attention.q_lora_rank or 0)
+        used = heads * (2 * qk_dim + max(qk_dim, attention.value_dim) + attention.value_dim)
+        return latents + used + heads * (self.length if self._scores_kept else qk_dim)
+
+    def feed_forward(self, block: Block, width: int) -> int:
+        if block.ffn is not None:
+            return self._hidden(block.ffn, width)
+        moe = block.moe
+        assert moe is not None
+        shared = 0 if moe.shared is None else self._hidden(moe.shared, width)
+        routed = moe.top_k * (self._hidden(moe.experts, width) + 2 * width * self.size)
+        return round(routed) + shared + 16 * moe.router.num_experts  # logits, gate, sort and its index
+
+    def _hidden(self, network: Any, width: int) -> int:
+        """Hidden states of one gated or plain network; under autocast each of its inputs is a copy."""
+        inner = getattr(network, "inner", network)
+        hidden: int = inner.hidden
+        if not is_gated(inner.activation):
+            return self.size * 2 * hidden
+        copies = width if self.size < 4 else 0
+        return self.size * (4 * hidden + copies)
