@@ -1,0 +1,65 @@
+"""The rooms of the house import one way, and the package is light until something is used."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import moestro
+
+SOURCE = Path(moestro.__file__).parent
+# every room and the rooms that it may import
+ALLOWED: dict[str, set[str]] = {
+    "routing": set(),
+    "kernels": set(),
+    "routers": {"routing"},
+    "experts": {"routing", "kernels"},
+    "layers": {"routing", "routers", "experts"},
+    "balance": {"routing", "routers", "experts", "layers"},
+    "methods": {"routing", "routers", "experts", "layers", "balance"},
+    "data": set(),
+    "mixtures": {"routing", "experts"},
+}
+ALLOWED["models"] = ALLOWED["methods"] | {"methods"}
+ALLOWED["inspect"] = ALLOWED["methods"] | {"methods"}
+ALLOWED["inference"] = ALLOWED["models"] | {"models", "inspect", "data"}
+ALLOWED["train"] = ALLOWED["inference"] | {"inference"}
+ALLOWED["cli"] = ALLOWED["train"] | {"train"}
+
+
+def imports_of(file: Path) -> set[str]:
+    rooms = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        rooms |= {name.split(".")[1] for name in names if name.startswith("moestro.")}
+    return rooms
+
+
+def test_arrows_never_turn_round() -> None:
+    wrong = []
+    for file in SOURCE.rglob("*.py"):
+        room = file.relative_to(SOURCE).parts[0]
+        if room in ("__init__.py", "__main__.py"):
+            continue
+        assert room in ALLOWED, f"say in this test what {room} may import"
+        wrong += [
+            f"{file.relative_to(SOURCE)} imports {other}" for other in imports_of(file) - ALLOWED[room] - {room}
+        ]
+    assert not wrong
+
+
+def test_no_pickle_anywhere() -> None:
+    banned = ("import pickle", "torch.load(", "torch.save(", "trust_remote_code=True", "yaml.load(")
+    found = [f"{file}: {word}" for file in SOURCE.rglob("*.py") for word in banned if word in file.read_text()]
+    assert not found
+
+
+def test_importing_moestro_imports_no_torch() -> None:
+    code = "import sys, moestro; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_public_name_exists() -> None:
+    for name in moestro.__all__:
+        assert getattr(moestro, name) is not None
