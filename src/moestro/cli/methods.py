@@ -1,0 +1,60 @@
+"""`moestro methods`: list the routing methods and the papers they follow."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import App, Parameter
+
+from moestro.cli.parts import source_file
+from moestro.cli.terminal import print_json, print_table
+
+if TYPE_CHECKING:
+    from moestro.methods import Method
+
+app = App(
+    name="methods",
+    help_epilogue="""\
+Examples:
+  moestro methods
+  moestro methods --family token-choice
+  moestro methods --json""",
+)
+COLUMNS = ("name", "family", "paper", "causal", "batch_independent", "summary")
+
+
+@app.default
+def methods(
+    *,
+    family: str | None = None,
+    json: Annotated[bool, Parameter(negative=(), show_default=False)] = False,
+) -> None:
+    """List the routing methods and the papers they follow.
+
+    Args:
+        family: one family only, for example token-choice.
+        json: print everything known about them, for machines.
+    """
+    from moestro.methods import all_methods
+
+    found = [method for method in all_methods().values() if family in (None, method.family)]
+    if not found:
+        families = sorted({method.family for method in all_methods().values()})
+        raise ValueError(f"no method of family {family!r}; families are {', '.join(families)}")
+    rows = [method_facts(method) for method in found]
+    print_json(rows) if json else print_table(rows, COLUMNS)
+
+
+def method_facts(method: Method) -> dict[str, Any]:
+    """What is known about a method, as plain values."""
+    names = ("name", "catalogue", "family", "title", "paper", "year", "arxiv", "causal", "batch_independent")
+    options = {
+        option.name: {
+            "type": option.type_name,
+            "required": option.required,
+            "default": None if option.required else option.default,
+        }
+        for option in method.options.values()
+    }
+    facts = {name: getattr(method, name) for name in names}
+    return {**facts, "summary": method.summary, "file": source_file(method.recipe), "options": options}

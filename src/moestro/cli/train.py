@@ -1,0 +1,95 @@
+"""`moestro train`: train a recipe and its dense twin."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import App, Parameter
+
+from moestro.cli.flags import RecipeFlags, overrides
+from moestro.cli.terminal import print_json, print_table
+
+if TYPE_CHECKING:
+    from moestro.train import Progress, Recipe
+
+app = App(
+    name="train",
+    help_epilogue="""\
+Ctrl-C once finishes the step, saves and stops; `--resume` continues.
+
+Examples:
+  moestro train
+  moestro train recipes/first.yaml --method switch --seed 1
+  moestro train --data.paths shakespeare.txt --steps 200 --out runs/shakespeare
+  moestro train --model.width 64 --train.learning-rate 1e-3 --model.options.top-k 1
+  moestro train --out runs/shakespeare --resume""",
+)
+COLUMNS = {
+    "name": "model",
+    "validation_bits_per_byte": "validation bits per byte",
+    "tokens_per_second": "tokens/s",
+    "active_parameters": "active parameters",
+    "total_parameters": "total parameters",
+    "seconds": "seconds",
+}
+
+
+@app.default
+def train(
+    recipe: Path | None = None,
+    /,
+    *,
+    out: Path | None = None,
+    resume: Annotated[bool, Parameter(negative=(), show_default=False)] = False,
+    overwrite: Annotated[bool, Parameter(negative=(), show_default=False)] = False,
+    quiet: Annotated[bool, Parameter(alias="-q", negative=(), show_default=False)] = False,
+    json: Annotated[bool, Parameter(negative=(), show_default=False)] = False,
+    flags: RecipeFlags = None,
+) -> None:
+    """Train a Mixture-of-Experts language model and its dense twin.
+
+    Args:
+        recipe: YAML recipe; every option below overrides one of its keys [default: the first recipe].
+        out: folder of the run [default: runs/RECIPE-seedN].
+        resume: continue the run that the folder holds, with its recipe if none is named.
+        overwrite: replace the run that the folder holds.
+        quiet: print the results only.
+        json: print the results for machines, and progress to stderr.
+        flags: see the sections below.
+    """
+    from moestro.train import train_run
+
+    chosen, folder = choose(recipe, out, overrides(flags), resume=resume)
+    progress = _progress(quiet, json)
+    result = train_run(chosen, folder, resume=resume, overwrite=overwrite, progress=progress)
+    if json:
+        print_json({**result, "folder": str(folder)})
+        return
+    print()
+    print_table([result, *([result["twin"]] if "twin" in result else [])], tuple(COLUMNS), tuple(COLUMNS.values()))
+    print(f"\nreport: {folder / 'report.html'}")
+
+
+def choose(recipe: Path | None, out: Path | None, given: dict[str, Any], *, resume: bool) -> tuple[Recipe, Path]:
+    """The recipe of a run and its folder, `runs/RECIPE-seedN` unless another is named.
+
+    Args:
+        recipe: file; None = the first recipe or, to resume, the one that the run's folder keeps.
+        out: folder.
+        given: values that replace the recipe's.
+        resume: whether the run exists.
+    """
+    from moestro.train import load_recipe
+
+    chosen = load_recipe(recipe, given)
+    folder = out or Path("runs") / f"{recipe.stem if recipe else 'first'}-seed{chosen.seed}"
+    kept = folder / "recipe.yaml"
+    return (load_recipe(kept, given) if resume and recipe is None and kept.is_file() else chosen), folder
+
+
+def _progress(quiet: bool, json: bool) -> Progress | None:
+    from moestro.train.progress import PlainLines, Silent
+
+    return Silent() if quiet else PlainLines(sys.stderr) if json else None

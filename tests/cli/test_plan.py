@@ -1,0 +1,67 @@
+"""`moestro plan`: what a recipe costs."""
+
+import json
+
+import pytest
+
+from moestro.cli import main
+from moestro.cli.planning import plan_run
+from moestro.train import load_recipe
+from moestro.train.build import build_model
+
+SMALL = {
+    "model": {"width": 32, "num_layers": 2, "num_heads": 2, "num_experts": 4, "expert_hidden": 16},
+    "data": {"sequence_length": 16},
+    "train": {"batch_size": 4, "steps": 10, "threads": 1, "accumulate": 2},
+}
+
+
+def test_parameters_are_those_of_the_built_model():
+    recipe = load_recipe(None, {"train": {"threads": 1}})
+    facts = plan_run(recipe, probe=False)["models"]
+    model = build_model(recipe.model, vocab_size=256, sequence_length=256, seed=0)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert facts["model"]["parameters"]["total"] == total
+    assert facts["model"]["parameters"]["active"] == model.parameter_counts().active
+    twin = sum(parameter.numel() for parameter in model.dense_twin().parameters())
+    assert facts["dense twin"]["parameters"]["total"] == twin
+    assert facts["model"]["flops_per_token"] == model.flops_per_token(256)
+
+
+def test_a_probe_tells_the_time_of_both_models():
+    facts = plan_run(load_recipe(None, SMALL))
+    assert facts["fits"]
+    assert facts["tokens"] == 10 * 4 * 16
+    for model in facts["models"].values():
+        assert model["seconds"] == pytest.approx(facts["tokens"] / model["tokens_per_second"])
+    assert facts["seconds"] == pytest.approx(sum(model["seconds"] for model in facts["models"].values()))
+
+
+def test_what_does_not_fit_is_said_and_not_built():
+    huge = {**SMALL, "model": {**SMALL["model"], "num_experts": 10**6, "expert_hidden": 10**5}}
+    facts = plan_run(load_recipe(None, huge))  # 77 TB of weights: building them would fail
+    assert not facts["fits"]
+    assert facts["seconds"] is None
+    assert facts["models"]["model"]["peak_memory"] > facts["available_memory"]
+
+
+def test_without_twin_there_is_one_model():
+    facts = plan_run(load_recipe(None, {**SMALL, "twin": False}), probe=False)
+    assert list(facts["models"]) == ["model"]
+
+
+def test_a_tokenizer_to_be_trained_counts_as_large_as_asked():
+    facts = plan_run(load_recipe(None, {**SMALL, "data": {"tokenizer": "bpe:1000"}}), probe=False)
+    assert facts["models"]["model"]["parameters"]["embedding"] == 1000 * 32
+
+
+def test_the_command_prints_tables_or_json(capsys):
+    words = ["plan", "--no-probe", "--model.width", "32", "--model.num-heads", "2"]
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    for label in ("total", "active", "optimiser", "peak", "forward FLOPs per token", "fits into memory"):
+        assert label in text
+    assert main([*words, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    total = facts["models"]["model"]["parameters"]["total"]
+    assert f"{total:,}".replace(",", " ") in text
