@@ -86,10 +86,24 @@ def test_the_page_asks_nothing_of_the_network(run):
 
 def test_dead_experts_are_named(tmp_path):
     page = page_of(make_run(tmp_path / "run", dead=True))
-    assert "1 expert is dead at step 400." in page.words
+    assert "1 expert is dead at the end." in page.words
     assert "dead: 5" in page.words
     bars = [spec["data"][0] for spec in page.specs if spec["data"][0]["type"] == "bar"]
     assert [bar["text"].count("dead") for bar in bars] == [0, 1, 0, 0]
+
+
+def test_the_load_at_the_end_is_that_of_the_validation_text(run):
+    content = json.loads((run / "specialisation.json").read_text())["layers"]
+    bars = [spec["data"][0]["y"] for spec in page_of(run).specs if spec["data"][0]["type"] == "bar"]
+    for layer, bar in zip(content, bars, strict=True):
+        assert bar == pytest.approx([100 * expert["share"] for expert in layer["experts"]], rel=1e-4)
+    (run / "specialisation.json").unlink()
+    page = page_of(run)
+    load = json.loads((run / "routing.jsonl").read_text().splitlines()[-1])["layers"][3]["load"]
+    assert [spec for spec in page.specs if spec["data"][0]["type"] == "bar"][3]["data"][0]["y"] == pytest.approx(
+        [100 * share for share in load], rel=1e-4
+    )
+    assert "No expert is dead at step 100." in page.words
 
 
 def test_domain_columns_carry_the_shares_of_the_file(run):

@@ -49,7 +49,7 @@ def make_run(path: Path, steps: int = 400, num_layers: int = 4, num_experts: int
     _model(path / "twin", chance, steps, 1.882, 1_806_000, 1_806_000, 17_320.0)
     (path / "recipe.yaml").write_text(RECIPE.replace("steps: 400", f"steps: {steps}"))
     _lines(path / "routing.jsonl", _routing(chance, steps, num_layers, num_experts, dead))
-    (path / "specialisation.json").write_text(json.dumps(_specialisation(chance, num_layers, num_experts)))
+    (path / "specialisation.json").write_text(json.dumps(_specialisation(chance, num_layers, num_experts, dead)))
     return path
 
 
@@ -137,7 +137,7 @@ def _routing(
     return records
 
 
-def _specialisation(chance: random.Random, num_layers: int, num_experts: int) -> dict[str, object]:
+def _specialisation(chance: random.Random, num_layers: int, num_experts: int, dead: bool) -> dict[str, object]:
     layers = []
     for layer in range(num_layers):
         strength = 0.15 + 0.3 * layer
@@ -145,6 +145,7 @@ def _specialisation(chance: random.Random, num_layers: int, num_experts: int) ->
         lean = [chance.gauss(0, strength) for _ in range(num_experts)]
         for sign in (1, -1):
             weights = [math.exp(sign * value + chance.gauss(0, 0.1)) for value in lean]
+            weights[5] *= 0.002 if dead and layer == 1 else 1
             rows.append([weight / sum(weights) for weight in weights])
         experts = []
         for expert in range(num_experts):

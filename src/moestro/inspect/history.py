@@ -13,7 +13,10 @@ from moestro.inspect.runfolder import number
 
 @dataclass
 class LayerHistory:
-    """One layer's routing over time; `loads` [records][experts] are shares that sum to 1."""
+    """One layer's routing over time; `loads` [records][experts] are shares that sum to 1.
+
+    `final` is the load at the end: of the last record, or better, of the whole validation text.
+    """
 
     name: str
     label: str = ""
@@ -21,6 +24,7 @@ class LayerHistory:
     loads: list[list[float]] = field(default_factory=list)
     curves: dict[str, tuple[list[int], list[float]]] = field(default_factory=dict)
     experts_per_token: float = 1.0
+    final: list[float] = field(default_factory=list)
 
     @property
     def num_experts(self) -> int:
@@ -28,8 +32,8 @@ class LayerHistory:
 
     @property
     def dead(self) -> list[int]:
-        """The dead experts of the last record."""
-        return dead_experts(self.loads[-1], self.experts_per_token)
+        """The experts that are dead at the end."""
+        return dead_experts(self.final, self.experts_per_token)
 
     @property
     def threshold(self) -> float:
@@ -45,6 +49,7 @@ class LayerHistory:
             self.steps, self.loads = [], []
         self.steps.append(step)
         self.loads.append(load)
+        self.final = load
         self.experts_per_token = number(record.get("experts_per_token")) or 1.0
         for name in ("entropy", "margin", "dropped"):
             value = number(record.get(name))
@@ -67,6 +72,17 @@ def histories(routing: Sequence[Mapping[str, Any]]) -> list[LayerHistory]:
     for history, label in zip(known, layer_labels([history.name for history in known]), strict=True):
         history.label = label
     return known
+
+
+def use_validation_load(layers: Sequence[LayerHistory], shares: Mapping[str, list[float]]) -> bool:
+    """Take every layer's final load from shares by layer name; leaves all as they are unless all are known."""
+    known = [_shares(shares.get(layer.name)) for layer in layers]
+    complete = [load for layer, load in zip(layers, known, strict=True) if load and len(load) == layer.num_experts]
+    if not layers or len(complete) < len(layers):
+        return False
+    for layer, load in zip(layers, complete, strict=True):
+        layer.final = load
+    return True
 
 
 def layer_labels(names: Sequence[str]) -> list[str]:

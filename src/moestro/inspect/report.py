@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moestro.inspect import pictures, story
-from moestro.inspect.history import LayerHistory, histories
+from moestro.inspect.history import LayerHistory, histories, use_validation_load
 from moestro.inspect.likes import layer_likes
 from moestro.inspect.runfolder import RunFolder, read_run, series
 
@@ -50,6 +50,8 @@ def render(run: RunFolder) -> str:
     model = "dense model" if story.is_dense(run) else "MoE"
     domains, likes = layer_likes(run.specialisation)
     most = max((share for layer in likes for row in layer.by_domain for share in row), default=0.0) or 1.0
+    on_validation = use_validation_load(layers, {of.name: [e.share for e in of.experts] for of in likes})
+    last_record = max((layer.steps[-1] for layer in layers), default=0)
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATE),
         autoescape=True,
@@ -72,7 +74,8 @@ def render(run: RunFolder) -> str:
         validation=_validation(run, model),
         layers=[_load(layer) for layer in layers],
         dead_total=sum(len(layer.dead) for layer in layers),
-        last_record=max((layer.steps[-1] for layer in layers), default=0),
+        when="at the end" if on_validation else f"at step {last_record}",
+        where="for the tokens of the validation text" if on_validation else f"at step {last_record}",
         entropy=_lines(layers, "entropy", "nats", _even(layers)),
         margin=_lines(layers, "margin", "probability"),
         dropped=_lines(layers, "dropped", "share"),
@@ -127,7 +130,7 @@ def _load(layer: LayerHistory) -> dict[str, Any]:
         "dead": layer.dead,
         "threshold": layer.threshold,
         "over_time": pictures.load_over_time(layer.steps, layer.loads),
-        "final": pictures.final_load(layer.loads[-1], layer.dead),
+        "final": pictures.final_load(layer.final, layer.dead),
     }
 
 

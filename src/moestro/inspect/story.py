@@ -171,8 +171,9 @@ def facts(run: RunFolder) -> list[tuple[str, list[tuple[str, str]]]]:
     for title, section in (("Run", plain), *run.recipe.items()):
         if isinstance(section, Mapping) and section:
             groups.append((str(title).capitalize(), list(_flat(section))))
-    if run.result:
-        groups.append(("Result", list(_flat(run.result))))
+    own = {key: value for key, value in run.result.items() if key != "twin" or run.twin is None}
+    if own:
+        groups.append(("Result", list(_flat(own))))
     other = {key: value for key, value in _twin_result(run).items() if value != run.result.get(key)}
     if other:
         groups.append(("Dense twin, where it differs", list(_flat(other))))

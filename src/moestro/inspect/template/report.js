@@ -1,5 +1,5 @@
 "use strict";
-// Draws each picture when it comes near the screen, in the colours of the reader's theme.
+// Draws the pictures in the colours of the reader's theme: the first ones at once, the rest when they come near.
 (() => {
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const scales = {
@@ -55,7 +55,7 @@
       if (isIntersecting && !target.drawn) draw(target);
     }
   }, { rootMargin: "600px" });
-  boxes.forEach((box) => watcher.observe(box));
+  boxes.forEach((box, i) => (i < 24 && box.clientWidth ? draw(box) : watcher.observe(box)));
   dark.addEventListener("change", () => boxes.filter((box) => box.drawn).forEach(draw));
   addEventListener("beforeprint", () => boxes.filter((box) => !box.drawn).forEach(draw));
 })();
