@@ -135,8 +135,8 @@ def test_first_choices_go_before_second_ones() -> None:
 def test_dropping_by_position_uses_the_phase_it_is_in() -> None:
     drop = DropByPosition(lambda tokens, experts: 1, lambda tokens, experts: 2)
     chosen = Selection(torch.zeros(4, 1, dtype=torch.long))
-    assert drop(chosen, 4, 2).keep.flatten().tolist() == [True, False, False, False]
-    assert drop.eval()(chosen, 4, 2).keep.flatten().tolist() == [True, True, False, False]
+    assert drop(chosen, torch.ones(4, 1), 2, Context()).keep.flatten().tolist() == [True, False, False, False]
+    assert drop.eval()(chosen, torch.ones(4, 1), 2, Context()).keep.flatten().tolist() == [True, True, False, False]
     assert drop.causal(1)
     assert not drop.causal(2)
 

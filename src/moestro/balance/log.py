@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moestro.balance.counts import count, counted_choices
 from moestro.layers import MoE
 from moestro.routing import Decision
 
@@ -140,10 +141,7 @@ def chosen_load(decision: Decision) -> Tensor:
     choice = decision.notes.get("choice")
     if choice is None:
         return decision.routing.load().detach()
-    valid = decision.notes.get("valid")
-    weight = torch.ones_like(choice) if valid is None else valid.unsqueeze(1).expand_as(choice).to(choice.dtype)
-    count = torch.zeros(decision.routing.num_experts, dtype=choice.dtype, device=choice.device)
-    return count.scatter_add_(0, choice.flatten(), weight.flatten())
+    return count(choice, counted_choices(decision, choice), decision.routing.num_experts, torch.long)
 
 
 class _Attach(torch.autograd.Function):

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from moestro.balance.counts import count, counted_choices, valid_tokens
 from moestro.routing import Decision
 from moestro.routing.context import group_by_sequence
 
@@ -26,7 +27,7 @@ def load_times_probability(decision: Decision, convention: Convention = "switch"
 
     One formula, three conventions for the counts f:
         `switch`: first choices only, f sums to 1, optimum 1 (Lepikhin et al. 2020; Fedus et al. 2021, eqs. 4-6);
-        `megatron`: all k choices divided by k, f sums to 1, optimum 1;
+        `megatron`: all choices divided by their number, f sums to 1, optimum 1;
         `transformers`: all k choices, f sums to k, optimum k: k times the `megatron` value.
     Counts are of choices before any drop. `transformers` itself pools all layers before multiplying; here the
     loss is per layer, as in the papers.
@@ -43,13 +44,13 @@ def load_times_probability(decision: Decision, convention: Convention = "switch"
     if convention not in _CONVENTIONS:
         raise ValueError(f"unknown convention {convention!r}; choose one of {', '.join(_CONVENTIONS)}")
     probs, choice, valid = _facts(decision)
+    counted = counted_choices(decision, choice)
     if convention == "switch":
-        choice = choice[:, :1]
+        choice, counted = choice[:, :1], counted[:, :1]
     num_experts = probs.shape[1]
     total = valid.sum().clamp(min=1)
-    counts = _count(choice, valid, num_experts, probs.dtype) / total
-    if convention == "megatron":
-        counts = counts / choice.shape[1]
+    counts = count(choice, counted, num_experts, probs.dtype)
+    counts = counts / (counted.sum().clamp(min=1) if convention == "megatron" else total)
     mean = (probs * valid.unsqueeze(1)).sum(0) / total
     return num_experts * (counts * mean).sum()
 
@@ -103,7 +104,7 @@ def z_loss(decision: Decision) -> Tensor:
     """
     if decision.logits is None:
         raise ValueError("z-loss needs logits, but this router has none")
-    valid = _valid(decision, len(decision.logits))
+    valid = valid_tokens(decision, len(decision.logits))
     squares = decision.logits.logsumexp(-1).square()
     return (squares * valid).sum() / valid.sum().clamp(min=1)
 
@@ -134,10 +135,11 @@ def load_cv_squared(decision: Decision) -> Tensor:
     """
     choice = _note(decision, "choice")
     num_experts, k = decision.routing.num_experts, choice.shape[1]
-    valid = _valid(decision, len(choice))
+    valid = valid_tokens(decision, len(choice))
     std, noisy, clean = decision.notes.get("noise_std"), decision.notes.get("noisy_logits"), decision.logits
     if std is None or noisy is None or clean is None or k == num_experts:
-        return cv_squared(_count(choice, valid, num_experts, torch.float32 if clean is None else clean.dtype))
+        dtype = torch.float32 if clean is None else clean.dtype
+        return cv_squared(count(choice, counted_choices(decision, choice), num_experts, dtype))
     ranked = noisy.sort(dim=-1, descending=True, stable=True).values
     inside = torch.zeros_like(noisy, dtype=torch.bool).scatter_(1, choice, True)
     threshold = torch.where(inside, ranked[:, k : k + 1], ranked[:, k - 1 : k])
@@ -148,24 +150,10 @@ def load_cv_squared(decision: Decision) -> Tensor:
 def _facts(decision: Decision) -> tuple[Tensor, Tensor, Tensor]:
     if decision.probs is None:
         raise ValueError("this loss needs router probabilities, but this router has none")
-    return decision.probs, _note(decision, "choice"), _valid(decision, len(decision.probs))
+    return decision.probs, _note(decision, "choice"), valid_tokens(decision, len(decision.probs))
 
 
 def _note(decision: Decision, name: str) -> Tensor:
     if name not in decision.notes:
         raise ValueError(f"this loss needs the decision's {name!r}, which only token-choice routers note")
     return decision.notes[name]
-
-
-def _valid(decision: Decision, num_tokens: int) -> Tensor:
-    valid = decision.notes.get("valid")
-    if valid is not None:
-        return valid
-    return torch.ones(num_tokens, dtype=torch.bool, device=decision.routing.offsets.device)
-
-
-def _count(choice: Tensor, valid: Tensor, num_experts: int, dtype: torch.dtype) -> Tensor:
-    """Choices per expert of valid tokens, `[experts]`."""
-    weight = valid.unsqueeze(1).expand_as(choice).flatten().to(dtype)
-    count = torch.zeros(num_experts, dtype=dtype, device=choice.device)
-    return count.scatter_add(0, choice.flatten(), weight)

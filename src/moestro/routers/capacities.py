@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from moestro.routing import Selection
+from moestro.routing import Context, Selection
 from moestro.routing.sparse import offsets_from
 
 Slots = Callable[[int, int], int]
@@ -36,8 +36,8 @@ class Capacity(nn.Module, ABC):
     batch_independent: bool
 
     @abstractmethod
-    def forward(self, chosen: Selection, num_tokens: int, num_experts: int) -> Selection:
-        """The choices that remain. `num_tokens` counts valid tokens."""
+    def forward(self, chosen: Selection, weight: Tensor, num_experts: int, context: Context) -> Selection:
+        """The choices that remain; `weight [tokens, k]` are their combine weights."""
 
     @abstractmethod
     def causal(self, k: int) -> bool:
@@ -49,7 +49,7 @@ class Dropless(Capacity):
 
     batch_independent = True
 
-    def forward(self, chosen: Selection, num_tokens: int, num_experts: int) -> Selection:
+    def forward(self, chosen: Selection, weight: Tensor, num_experts: int, context: Context) -> Selection:
         return chosen
 
     def causal(self, k: int) -> bool:
@@ -74,7 +74,8 @@ class DropByPosition(Capacity):
         super().__init__()
         self.train_slots, self.evaluate_slots = train, evaluate or train
 
-    def forward(self, chosen: Selection, num_tokens: int, num_experts: int) -> Selection:
+    def forward(self, chosen: Selection, weight: Tensor, num_experts: int, context: Context) -> Selection:
+        num_tokens = context.num_valid(len(weight))
         slots = (self.train_slots if self.training else self.evaluate_slots)(num_tokens, num_experts)
         return chosen.restricted(place_in_line(chosen, num_experts) < slots)
 

@@ -41,7 +41,7 @@ class ExpertChoice(Router):
         self.top_k = capacity_factor
 
     def decide(self, x: Tensor, context: Context) -> Decision:
-        logits = self.scorer(x)
+        logits = self.scorer(x, context)
         probs = logits.softmax(-1)
         places = torch.arange(len(x), device=x.device) if context.valid is None else context.valid.nonzero()[:, 0]
         picked = top_k(probs.index_select(0, places).t(), self.slots(len(places)))  # [experts, slots]

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moestro.routing.context import NO_CONTEXT, Context
+
 
 class Scorer(nn.Module, ABC):
     """Scores every expert for every token: `x [tokens, width]` -> logits `[tokens, experts]`.
@@ -19,7 +21,7 @@ class Scorer(nn.Module, ABC):
     num_experts: int
 
     @abstractmethod
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Context = NO_CONTEXT) -> Tensor:
         """The logits, in the precision of `x`."""
 
 
@@ -40,7 +42,7 @@ class Linear(Scorer):
         self.weight = nn.Parameter(torch.empty(num_experts, width))
         nn.init.zeros_(self.weight) if std == 0 else nn.init.trunc_normal_(self.weight, 0, std, -2 * std, 2 * std)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Context = NO_CONTEXT) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
 
     def extra_repr(self) -> str:
@@ -67,10 +69,10 @@ class InputJitter(Scorer):
         self.scorer, self.scale = scorer, scale
         self.num_experts = scorer.num_experts
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Context = NO_CONTEXT) -> Tensor:
         if self.training and self.scale:
             x = x * torch.empty_like(x).uniform_(1 - self.scale, 1 + self.scale)
-        logits: Tensor = self.scorer(x)
+        logits: Tensor = self.scorer(x, context)
         return logits
 
     def extra_repr(self) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moestro.routers.base import check_top_k
 from moestro.routing import Selection, top_k
+from moestro.routing.context import NO_CONTEXT, Context
 
 
 class Select(nn.Module, ABC):
@@ -23,7 +24,7 @@ class Select(nn.Module, ABC):
     k: int
 
     @abstractmethod
-    def forward(self, scores: Tensor) -> Selection:
+    def forward(self, scores: Tensor, context: Context = NO_CONTEXT) -> Selection:
         """Choose. Shapes: scores `[tokens, experts]` -> index `[tokens, k]`."""
 
     def check(self, num_experts: int) -> None:
@@ -38,7 +39,7 @@ class TopK(Select):
         super().__init__()
         self.k = k
 
-    def forward(self, scores: Tensor) -> Selection:
+    def forward(self, scores: Tensor, context: Context = NO_CONTEXT) -> Selection:
         check_top_k(self.k, scores.shape[-1])
         return Selection(top_k(scores, self.k))
 
@@ -81,7 +82,7 @@ class GroupLimitedTopK(Select):
                 f"keep more groups or lower top_k"
             )
 
-    def forward(self, scores: Tensor) -> Selection:
+    def forward(self, scores: Tensor, context: Context = NO_CONTEXT) -> Selection:
         tokens, num_experts = scores.shape
         grouped = scores.view(tokens, self.num_groups, num_experts // self.num_groups)
         best = min(self.best_of, grouped.shape[-1])
@@ -117,8 +118,8 @@ class BiasedSelection(Select):
     def check(self, num_experts: int) -> None:
         self.select.check(num_experts)
 
-    def forward(self, scores: Tensor) -> Selection:
-        return self.select(scores + self.bias.to(scores.dtype))
+    def forward(self, scores: Tensor, context: Context = NO_CONTEXT) -> Selection:
+        return self.select(scores + self.bias.to(scores.dtype), context)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         exact = self.bias
@@ -148,8 +149,8 @@ class RandomSecond(Select):
     def check(self, num_experts: int) -> None:
         self.select.check(num_experts)
 
-    def forward(self, scores: Tensor) -> Selection:
-        chosen: Selection = self.select(scores)
+    def forward(self, scores: Tensor, context: Context = NO_CONTEXT) -> Selection:
+        chosen: Selection = self.select(scores, context)
         if not self.training:
             return chosen
         pair = scores.detach().gather(1, chosen.index)

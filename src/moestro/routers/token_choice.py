@@ -25,17 +25,18 @@ class TokenChoice(Router):
         probs  = gate(noisy)
         chosen = select(probs)                   Selection, [tokens, k]
         weight = weigh(noisy, probs, chosen)     [tokens, k]
-        kept   = capacity(chosen)                who is dropped; weights stay as they are
+        kept   = capacity(chosen, weight)        who is dropped; weights stay as they are
 
-    Padding (`Context.valid` False) is taken out before capacity, so it fills no slot.
+    Scorer, select and capacity also see the context. Padding (`Context.valid` False) is taken out before
+    capacity, so it fills no slot.
 
     Args:
-        scorer: `x [tokens, width]` -> logits `[tokens, experts]`; has `num_experts`.
-        select: scores -> Selection; has `k`.
+        scorer: (x `[tokens, width]`, Context) -> logits `[tokens, experts]`; has `num_experts`.
+        select: (scores, Context) -> Selection; has `k`.
         gate: logits -> probs.
         weigh: (noisy logits, probs, Selection) -> combine weights `[tokens, k]`.
         noise: (x, logits) -> (noisy logits, notes).
-        capacity: (Selection, number of valid tokens, number of experts) -> Selection.
+        capacity: (Selection, weights `[tokens, k]`, number of experts, Context) -> Selection.
 
     Raises:
         ValueError: more choices than experts.
@@ -64,17 +65,16 @@ class TokenChoice(Router):
         self.batch_independent = self.capacity.batch_independent
 
     def decide(self, x: Tensor, context: Context) -> Decision:
-        logits = self.scorer(x)
+        logits = self.scorer(x, context)
         noisy, notes = self.noise(x, logits)
         probs = self.gate(noisy)
-        chosen: Selection = self.select(probs)
+        chosen: Selection = self.select(probs, context)
         weight = self.weigh(noisy, probs, chosen)
-        valid = context.valid
+        wanted, valid = chosen.keep, context.valid
         chosen = chosen.restricted(None if valid is None else valid.unsqueeze(1))
-        num_valid = len(x) if valid is None else int(valid.sum())
-        kept = self.capacity(chosen, num_valid, self.num_experts)
+        kept = self.capacity(chosen, weight, self.num_experts, context)
         routing = SparseRouting.from_choice(kept.index, weight, self.num_experts, kept.keep)
         notes = {**context_notes(context), **notes, "choice": kept.index}
-        if kept.keep is not None:
-            notes["kept"] = kept.keep
+        notes |= {} if wanted is None else {"wanted": wanted}
+        notes |= {} if kept.keep is None else {"kept": kept.keep}
         return Decision(routing, logits, probs, notes)

@@ -49,6 +49,10 @@ class Context:
             raise ValueError(f"{who} needs Context.{field}; call the layer with Context({field}=...)")
         return value
 
+    def num_valid(self, num_tokens: int) -> int:
+        """How many of so many tokens are not padding."""
+        return num_tokens if self.valid is None else int(self.valid.sum())
+
     def with_sequences_of(self, x: Tensor) -> Context:
         """Take the sequences from the shape of `x` `[batch, length, width]` unless they are given."""
         if self.sequence is not None or x.dim() != 3:
@@ -56,6 +60,9 @@ class Context:
         batch, length, _ = x.shape
         sequence = torch.arange(batch, device=x.device).repeat_interleave(length)
         return replace(self, sequence=sequence)
+
+
+NO_CONTEXT = Context()
 
 
 def group_by_sequence(

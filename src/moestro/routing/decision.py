@@ -25,6 +25,7 @@ class Decision:
         probs: scores after the gate (they need not sum to 1: sigmoid), `[tokens, experts]` or None.
         notes: further facts, present when the router has them:
             `choice` `[tokens, k]` experts in order of preference, before any drop;
+            `wanted` `[tokens, k]` bool, choices that the rule made, where k is only a bound (absent = all);
             `kept` `[tokens, k]` bool, choices that were carried out (absent = all);
             `valid` `[tokens]` bool, False for padding (absent = all valid);
             `sequence` `[tokens]` the sequence of each token (absent = one);

@@ -1,0 +1,29 @@
+"""Which choices count, and how many each expert received."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moestro.routing import Decision
+
+
+def valid_tokens(decision: Decision, num_tokens: int) -> Tensor:
+    """Tokens that are not padding, `[tokens]` bool."""
+    valid = decision.notes.get("valid")
+    if valid is not None:
+        return valid
+    return torch.ones(num_tokens, dtype=torch.bool, device=decision.routing.offsets.device)
+
+
+def counted_choices(decision: Decision, choice: Tensor) -> Tensor:
+    """Choices that a selection rule made for valid tokens, before any drop, `[tokens, k]` bool."""
+    counted = valid_tokens(decision, len(choice)).unsqueeze(1).expand_as(choice)
+    wanted = decision.notes.get("wanted")
+    return counted if wanted is None else counted & wanted
+
+
+def count(choice: Tensor, counted: Tensor, num_experts: int, dtype: torch.dtype) -> Tensor:
+    """Choices per expert, `[experts]`; choice and counted `[tokens, k]`."""
+    total = torch.zeros(num_experts, dtype=dtype, device=choice.device)
+    return total.scatter_add(0, choice.flatten(), counted.flatten().to(dtype))
