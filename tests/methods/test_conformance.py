@@ -19,12 +19,19 @@ each_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: meth
 each_kernel = pytest.mark.parametrize("kernel", all_backends())
 
 
+def domains(num_experts: int) -> int:
+    """How many domains the tokens come from, for so many experts."""
+    return 1 if num_experts % 2 else 2
+
+
 def sample_options(method: Method, num_experts: int) -> dict[str, object]:
-    """Options that fit a small layer: defaults, with a vocabulary and at most two choices."""
+    """Options that fit a small layer: defaults, with a vocabulary, domains and at most two choices."""
     options: dict[str, object] = {}
     for name, option in method.options.items():
         if name == "vocab_size":
             options[name] = VOCAB
+        elif name == "num_domains":
+            options[name] = domains(num_experts)
         elif name == "top_k":
             options[name] = min(option.default, num_experts, 2)
     return options
@@ -66,11 +73,19 @@ def make(
     return moe
 
 
-def context(num_tokens: int, length: int | None = None, valid: Tensor | None = None) -> Context:
+def context(
+    num_tokens: int, length: int | None = None, valid: Tensor | None = None, num_experts: int = 4
+) -> Context:
     length = length or max(num_tokens, 1)
     place = torch.arange(num_tokens)
     ids = torch.randint(VOCAB, (num_tokens,), generator=torch.Generator().manual_seed(num_tokens))
-    return Context(token_ids=ids, sequence=place // length, position=place % length, valid=valid)
+    return Context(
+        token_ids=ids,
+        sequence=place // length,
+        position=place % length,
+        valid=valid,
+        domain=ids % domains(num_experts),
+    )
 
 
 def gradients(y: Tensor, moe: MoE, x: Tensor) -> dict[str, Tensor]:
@@ -125,7 +140,7 @@ def test_layer_equals_the_loop(
             for parameter in moe.router.parameters():
                 if parameter.dim() == 2:
                     parameter[0] = 1.0
-    facts = context(tokens)
+    facts = context(tokens, num_experts=num_experts)
     torch.manual_seed(1)
     decision = moe.route(x, facts)
     decision.routing.check()
@@ -147,13 +162,13 @@ def test_routing_says_what_was_chosen(method: Method) -> None:
     moe = make(method)
     decision = moe.route(torch.randn(12, 6, dtype=torch.float64), context(12, valid=torch.arange(12) % 5 > 0))
     matrix = decision.routing.combine_matrix()
-    assert matrix.shape == (12, 4)
+    assert matrix.shape == (12, moe.experts.num_experts)
     assert not matrix[::5].any(), "padding has no expert"
     choice = decision.notes.get("choice")
     if choice is None:
         return
     kept = decision.notes["kept"]
-    chosen = torch.zeros(12, 4, dtype=torch.bool)
+    chosen = torch.zeros_like(matrix, dtype=torch.bool)
     for t in range(12):
         for j in range(choice.shape[1]):
             chosen[t, choice[t, j]] |= kept[t, j]
@@ -169,7 +184,7 @@ def test_padding_changes_nothing(method: Method) -> None:
     whole, inner = context(12, 6, valid), context(12, 6)
     padded = moe(x, whole)
     assert not padded[~valid].any()
-    fields = {name: getattr(inner, name)[valid] for name in ("token_ids", "sequence", "position")}
+    fields = {name: getattr(inner, name)[valid] for name in ("token_ids", "sequence", "position", "domain")}
     assert_close(padded[valid], moe(x[valid], Context(**fields)), rtol=1e-12, atol=1e-12)
 
 
@@ -229,7 +244,8 @@ def test_permuting_sequences_permutes_outputs(method: Method) -> None:
     moe = make(method).eval()
     x = torch.randn(4, 3, 6, dtype=torch.float64)
     facts, order = context(12, 3), torch.tensor([2, 0, 3, 1])
-    permuted = Context(token_ids=facts.token_ids.view(4, 3)[order].flatten(), position=facts.position)
+    moved = {name: getattr(facts, name).view(4, 3)[order].flatten() for name in ("token_ids", "domain")}
+    permuted = Context(position=facts.position, **moved)
     assert_close(moe(x[order], permuted), moe(x, facts)[order], rtol=1e-12, atol=1e-12)
 
 
@@ -238,14 +254,18 @@ def test_one_expert_is_that_expert(method: Method) -> None:
     if not fits(method, 1):
         return
     moe = make(method, num_experts=1).eval()
+    if moe.experts.num_experts > 1:  # the method brings experts of its own
+        return
     x = torch.randn(3, 6, dtype=torch.float64)
-    decision = moe.route(x, context(3))
+    decision = moe.route(x, context(3, num_experts=1))
     if method.family == "soft":  # the only slot is one mixture of all tokens
         assert_close(moe.run(x, decision), moe.run(x, decision)[:1].expand(3, 6))
         return
     weight = decision.routing.combine_matrix()
     expected = weight * moe.experts(x, torch.tensor([0, 3]))
-    assert_close(moe.run(x, decision), expected + (moe.shared(x) if moe.shared is not None else 0))
+    if moe.shared is not None:
+        expected = expected + moe.shared(x) * decision.notes.get("shared_weight", torch.ones(3)).unsqueeze(1)
+    assert_close(moe.run(x, decision), expected)
 
 
 @each_method

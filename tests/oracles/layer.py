@@ -17,15 +17,32 @@ def run_layer(moe: MoE, x: Tensor, decision: Decision) -> Tensor:
     else:
         y = _merge(moe.experts, x, routing)
     if moe.shared is not None:
-        valid = decision.notes.get("valid", torch.ones(len(x), dtype=torch.bool))
-        y = torch.stack([y[t] + (moe.shared(x[t]) if valid[t] else 0) for t in range(len(x))]) if len(x) else y
+        amount = decision.notes.get("shared_weight", torch.ones(len(x)))
+        amount = amount * decision.notes.get("valid", torch.ones(len(x), dtype=torch.bool))
+        y = torch.stack([y[t] + moe.shared(x[t]) * amount[t].to(x.dtype) for t in range(len(x))]) if len(x) else y
     return y
 
 
 def one_expert(experts: nn.Module, e: int, row: Tensor) -> Tensor:
     """One row through one expert, written out from its stacked weights."""
+    for bank in getattr(experts, "banks", ()):
+        if e < bank.num_experts:
+            return one_expert(bank, e, row)
+        e -= bank.num_experts
+    if not hasattr(experts, "activation"):
+        return trivial(experts, e, row)
     p = {name: value[e] for name, value in experts.named_parameters()}
     return formula(p, row, experts.activation)
+
+
+def trivial(experts: nn.Module, e: int, row: Tensor) -> Tensor:
+    """Zero, copy and constant experts."""
+    kind = type(experts).__name__
+    if kind == "ConstantExperts":
+        a, b = row @ experts.weight[e, :, 0], row @ experts.weight[e, :, 1]
+        share = 1 / (1 + torch.exp(b - a))
+        return share * row + (1 - share) * experts.vector[e]
+    return {"ZeroExperts": row * 0, "CopyExperts": row}[kind]
 
 
 def formula(p: dict[str, Tensor], row: Tensor, activation: str) -> Tensor:

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from moestro.balance import load_times_probability
-from moestro.balance.log import chosen_load
+from moestro.balance.counts import chosen_load
 from moestro.routers import Linear, Scorer, TokenChoice, TopK, as_is, softmax
 from moestro.routing import Context, Decision, Selection, SparseRouting
 from moestro.routing.context import NO_CONTEXT

@@ -1,6 +1,6 @@
 """What keeps experts busy: losses, controllers and the log they read; never runs inside forward."""
 
-from moestro.balance.controllers import LossFreeBias
+from moestro.balance.controllers import Controller, LossFreeBias
 from moestro.balance.log import RoutingLog
 from moestro.balance.losses import (
     LoadTimesProbability,
@@ -13,6 +13,7 @@ from moestro.balance.losses import (
 )
 
 __all__ = [
+    "Controller",
     "LoadTimesProbability",
     "LossFreeBias",
     "RoutingLog",

@@ -2,15 +2,46 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moestro.balance.counts import chosen_load
 from moestro.layers import MoE
 from moestro.routers import BiasedSelection
+from moestro.routing import Decision
 
 
-class LossFreeBias:
+class Controller(ABC):
+    """Adjusts a layer by what it measured in the decisions of one optimiser step.
+
+    Measures are sums: they add up over micro-batches, and over the ranks of `group`.
+
+    Attributes:
+        group: process group whose measures are summed first; None = this process alone.
+    """
+
+    group: dist.ProcessGroup | None = None
+
+    def measure(self, decision: Decision) -> Tensor:
+        """What one decision adds; by default the choices per expert, `[experts]`."""
+        return chosen_load(decision)
+
+    @abstractmethod
+    def update(self, moe: MoE, measured: Tensor) -> None:
+        """Act on the sum of all measures since the last update."""
+
+    def summed(self, measured: Tensor) -> Tensor:
+        """The measure in float64, added up over the group."""
+        measured = measured.double()
+        if self.group is not None:
+            dist.all_reduce(measured, group=self.group)
+        return measured
+
+
+class LossFreeBias(Controller):
     """Moves the selection bias of a router towards an even load.
 
         b_e <- b_e + rate * sign(mean load - load_e)        Wang et al. 2024, algorithm 1; DeepSeek-AI 2024 (V3)
@@ -31,15 +62,13 @@ class LossFreeBias:
         self.rate, self.group = rate, group
 
     @torch.no_grad()
-    def update(self, moe: MoE, load: Tensor) -> None:
-        """Adjust the layer's bias. Shapes: load `[experts]`, choices since the last update."""
+    def update(self, moe: MoE, measured: Tensor) -> None:
+        """Adjust the layer's bias. Shapes: measured `[experts]`, choices since the last update."""
         select = getattr(moe.router, "select", None)
         if not isinstance(select, BiasedSelection):
             raise ValueError("loss-free balancing needs a router whose select slot is a BiasedSelection")
-        load = load.to(select.bias.dtype)
-        if self.group is not None:
-            dist.all_reduce(load, group=self.group)
-        select.bias += self.rate * torch.sign(load.mean() - load)
+        load = self.summed(measured)
+        select.bias += self.rate * torch.sign(load.mean() - load).to(select.bias.dtype)
 
     def __repr__(self) -> str:
         return f"LossFreeBias(rate={self.rate})"

@@ -27,3 +27,11 @@ def count(choice: Tensor, counted: Tensor, num_experts: int, dtype: torch.dtype)
     """Choices per expert, `[experts]`; choice and counted `[tokens, k]`."""
     total = torch.zeros(num_experts, dtype=dtype, device=choice.device)
     return total.scatter_add(0, choice.flatten(), counted.flatten().to(dtype))
+
+
+def chosen_load(decision: Decision) -> Tensor:
+    """Choices per expert before any drop, without padding, `[experts]`; the routing's load if none are noted."""
+    choice = decision.notes.get("choice")
+    if choice is None:
+        return decision.routing.load().detach()
+    return count(choice, counted_choices(decision, choice), decision.routing.num_experts, torch.long)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moestro.balance.counts import count, counted_choices
 from moestro.layers import MoE
 from moestro.routing import Decision
 
@@ -25,7 +24,7 @@ class RoutingLog:
         log.update_controllers()
 
     Close `recording()` before `backward`: activation checkpointing runs routers again, and what runs outside is
-    not recorded. Loads for the controllers add up over all recordings in training mode until
+    not recorded. What controllers measure adds up over all recordings in training mode until
     `update_controllers`, so gradient accumulation needs no care.
 
     Args:
@@ -46,7 +45,7 @@ class RoutingLog:
         self.layers = list(self._moes)
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.decisions: dict[str, list[Decision]] = {name: [] for name in self.layers}
-        self._loads: dict[str, Tensor] = {}
+        self._measured: dict[tuple[str, int], Tensor] = {}
         self._open = self._recorded = False
         self._hooks = [moe.router.register_forward_hook(self._hook(name, moe)) for name, moe in self._moes.items()]
 
@@ -94,12 +93,11 @@ class RoutingLog:
         return attached
 
     def update_controllers(self) -> None:
-        """Let each layer's controllers act on the loads since the last call; call it after the optimiser step."""
-        for name, moe in self._moes.items():
-            if name in self._loads:
-                for controller in moe.controllers:
-                    controller.update(moe, self._loads[name])
-        self._loads = {}
+        """Let controllers act on what they measured since the last call; call it after the optimiser step."""
+        for (name, index), measured in self._measured.items():
+            moe = self._moes[name]
+            moe.controllers[index].update(moe, measured)
+        self._measured = {}
 
     def describe(self) -> list[str]:
         """One line per kind of layer: which losses and controllers act, with which coefficients."""
@@ -124,9 +122,9 @@ class RoutingLog:
             if not self._open:
                 return
             self.decisions[name].append(decision)
-            if router.training and moe.controllers:
-                load = chosen_load(decision)
-                self._loads[name] = self._loads[name] + load if name in self._loads else load
+            for index, controller in enumerate(moe.controllers if router.training else ()):
+                measured, key = controller.measure(decision), (name, index)
+                self._measured[key] = self._measured[key] + measured if key in self._measured else measured
 
         return record
 
@@ -134,14 +132,6 @@ class RoutingLog:
         if not self._recorded:
             raise ValueError("nothing was recorded; run the model inside `with log.recording():` first")
         return self.decisions
-
-
-def chosen_load(decision: Decision) -> Tensor:
-    """Choices per expert before any drop, without padding, `[experts]`; the routing's load if none are noted."""
-    choice = decision.notes.get("choice")
-    if choice is None:
-        return decision.routing.load().detach()
-    return count(choice, counted_choices(decision, choice), decision.routing.num_experts, torch.long)
 
 
 class _Attach(torch.autograd.Function):

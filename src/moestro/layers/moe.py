@@ -37,7 +37,7 @@ class ParameterCounts:
 class MoE(nn.Module):
     """A Mixture-of-Experts layer.
 
-        y = experts.run(x, router(x).routing) + shared(x)
+        y = experts.run(x, router(x).routing) + shared_weight * shared(x)        shared_weight = 1 unless noted
 
     Args:
         router: decides.
@@ -66,6 +66,9 @@ class MoE(nn.Module):
             )
         self.router, self.experts, self.shared = router, experts, shared
         self.losses = dict(losses or {})
+        for name, (_, loss) in self.losses.items():
+            if isinstance(loss, nn.Module):  # a loss with a state, saved with the weights
+                self.add_module(f"{name}_loss", loss)
         self.controllers = list(controllers)
         self.method: str | None = None
         self.options: dict[str, Any] = {}
@@ -94,8 +97,10 @@ class MoE(nn.Module):
         if self.shared is None:
             return y
         shared = self.shared(x)
-        valid = decision.notes.get("valid")
-        return y + (shared if valid is None else shared * valid.unsqueeze(1))
+        for name in ("shared_weight", "valid"):
+            if name in decision.notes:
+                shared = shared * decision.notes[name].unsqueeze(1).to(shared.dtype)
+        return y + shared
 
     @property
     def top_k(self) -> float:

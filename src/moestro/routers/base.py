@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +46,19 @@ class Router(nn.Module, ABC):
     @abstractmethod
     def decide(self, x: Tensor, context: Context) -> Decision:
         """The decision itself; `x [tokens, width]` is float32 or float64."""
+
+
+class Float32Buffers(nn.Module):
+    """A module whose own float32 buffers stay so when the model is cast: bfloat16 loses small updates."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        exact = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            moved = self._buffers[name]
+            if buffer.dtype == torch.float32 and moved is not None and moved.dtype != torch.float32:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
 
 
 def context_notes(context: Context) -> dict[str, Tensor]:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moestro.routers.base import check_top_k
+from moestro.routers.base import Float32Buffers, check_top_k
 from moestro.routing import Selection, top_k
 from moestro.routing.context import NO_CONTEXT, Context
 
@@ -95,7 +93,7 @@ class GroupLimitedTopK(Select):
         return f"k={self.k}, num_groups={self.num_groups}, groups_kept={self.groups_kept}, best_of={self.best_of}"
 
 
-class BiasedSelection(Select):
+class BiasedSelection(Float32Buffers, Select):
     """Adds a bias per expert to the scores, for choosing only; combine weights never see it.
 
         chosen = select(scores + b)        Wang et al. 2024 (loss-free balancing), eq. 3
@@ -120,13 +118,6 @@ class BiasedSelection(Select):
 
     def forward(self, scores: Tensor, context: Context = NO_CONTEXT) -> Selection:
         return self.select(scores + self.bias.to(scores.dtype), context)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        exact = self.bias
-        super()._apply(fn, recurse)
-        if self.bias.dtype != torch.float32:
-            self.bias = exact.to(self.bias.device)
-        return self
 
 
 class RandomSecond(Select):
