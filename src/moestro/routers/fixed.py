@@ -63,7 +63,8 @@ class HashRouter(Router):
             )
 
     def extra_repr(self) -> str:
-        return f"tables={len(self.tables)}, keys={self.keys.__name__}, num_experts={self.num_experts}"
+        keys = getattr(self.keys, "__name__", repr(self.keys))
+        return f"tables={len(self.tables)}, keys={keys}, num_experts={self.num_experts}"
 
 
 def by_token(context: Context, num_keys: int) -> Tensor:
@@ -82,14 +83,19 @@ def by_bigram(context: Context, num_keys: int) -> Tensor:
     """Key = a mixing hash of the token's id and the one before, modulo the table."""
     token_ids = context.need("token_ids", "hash routing by bigram")
     previous = token_ids.roll(1).masked_fill(_starts(context, token_ids), -1) + 1
-    mixed = (previous * 0x9E3779B1 + token_ids * 0x85EBCA77) & 0xFFFFFFFF
-    mixed = ((mixed ^ (mixed >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
-    return (mixed ^ (mixed >> 15)) % num_keys
+    return mix(previous, token_ids) % num_keys
 
 
 def by_position(context: Context, num_keys: int) -> Tensor:
     """Key = the token's position in its sequence, modulo the table."""
     return context.need("position", "hash routing by position") % num_keys
+
+
+def mix(first: Tensor, second: Tensor) -> Tensor:
+    """A mixing hash of two integers, element by element: 0 to 2^32 - 1, alike on every machine."""
+    mixed = (first * 0x9E3779B1 + second * 0x85EBCA77) & 0xFFFFFFFF
+    mixed = ((mixed ^ (mixed >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    return mixed ^ (mixed >> 15)
 
 
 def _starts(context: Context, token_ids: Tensor) -> Tensor:
