@@ -221,6 +221,12 @@ def test_causal_is_true_exactly_when_later_tokens_cannot_reach_back(method: Meth
     assert reaches_back != method.causal
 
 
+@each_method
+def test_a_causal_rule_for_evaluation_is_causal(method: Method) -> None:
+    if make(method).causal_evaluation:
+        assert not any(changes_earlier(method, seed, training=False) for seed in range(12))
+
+
 def changes_neighbours(method: Method, seed: int) -> bool:
     """Whether new values of one sequence change what another one gets."""
     moe = make(method, seed=seed, num_experts=4).eval()

@@ -113,6 +113,11 @@ class MoE(nn.Module):
         return self.router.causal
 
     @property
+    def causal_evaluation(self) -> bool:
+        """Whether that holds in evaluation at least, so that the layer can generate."""
+        return self.router.causal or self.router.causal_evaluation
+
+    @property
     def batch_independent(self) -> bool:
         """Whether a sequence's output does not depend on the others of the batch."""
         return self.router.batch_independent

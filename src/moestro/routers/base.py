@@ -22,12 +22,14 @@ class Router(nn.Module, ABC):
         num_experts: number of experts that it chooses among.
         top_k: experts that serve a token, on average.
         causal: later tokens cannot change what happens to earlier ones.
+        causal_evaluation: that holds in evaluation, by a rule of its own, though not in training.
         batch_independent: a sequence's decision does not depend on the others of the batch.
     """
 
     num_experts: int
     top_k: float
     causal: bool = True
+    causal_evaluation: bool = False
     batch_independent: bool = True
 
     def forward(self, x: Tensor, context: Context | None = None) -> Decision:
@@ -63,7 +65,7 @@ class Float32Buffers(nn.Module):
 
 def context_notes(context: Context) -> dict[str, Tensor]:
     """The facts of the context that losses and inspection need beside a decision."""
-    facts = {"valid": context.valid, "sequence": context.sequence}
+    facts = {"valid": context.valid, "sequence": context.sequence, "domain": context.domain}
     return {name: value for name, value in facts.items() if value is not None}
 
 

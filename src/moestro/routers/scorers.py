@@ -16,9 +16,13 @@ class Scorer(nn.Module, ABC):
 
     Attributes:
         num_experts: number of experts.
+        causal: whether later tokens cannot change the logits of earlier ones.
+        batch_independent: whether a sequence's logits do not depend on the others of the batch.
     """
 
     num_experts: int
+    causal: bool = True
+    batch_independent: bool = True
 
     @abstractmethod
     def forward(self, x: Tensor, context: Context = NO_CONTEXT) -> Tensor:
@@ -68,6 +72,7 @@ class InputJitter(Scorer):
             raise ValueError(f"jitter={scale} must be at least 0 and below 1")
         self.scorer, self.scale = scorer, scale
         self.num_experts = scorer.num_experts
+        self.causal, self.batch_independent = scorer.causal, scorer.batch_independent
 
     def forward(self, x: Tensor, context: Context = NO_CONTEXT) -> Tensor:
         if self.training and self.scale:

@@ -17,9 +17,13 @@ class Select(nn.Module, ABC):
 
     Attributes:
         k: choices per token.
+        causal: whether later tokens cannot change what earlier ones choose.
+        batch_independent: whether a sequence's choices do not depend on the others of the batch.
     """
 
     k: int
+    causal: bool = True
+    batch_independent: bool = True
 
     @abstractmethod
     def forward(self, scores: Tensor, context: Context = NO_CONTEXT) -> Selection:

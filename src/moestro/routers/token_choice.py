@@ -61,8 +61,9 @@ class TokenChoice(Router):
         self.num_experts = scorer.num_experts
         select.check(self.num_experts)
         self.top_k = select.k
-        self.causal = self.capacity.causal(select.k)
-        self.batch_independent = self.capacity.batch_independent
+        self.causal = scorer.causal and select.causal and self.capacity.causal(select.k)
+        parts = (scorer, select, self.capacity)
+        self.batch_independent = all(part.batch_independent for part in parts)
 
     def decide(self, x: Tensor, context: Context) -> Decision:
         logits = self.scorer(x, context)

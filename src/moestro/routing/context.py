@@ -54,12 +54,13 @@ class Context:
         return num_tokens if self.valid is None else int(self.valid.sum())
 
     def with_sequences_of(self, x: Tensor) -> Context:
-        """Take the sequences from the shape of `x` `[batch, length, width]` unless they are given."""
+        """Take sequences and positions from the shape of `x` `[batch, length, width]` unless they are given."""
         if self.sequence is not None or x.dim() != 3:
             return self
         batch, length, _ = x.shape
         sequence = torch.arange(batch, device=x.device).repeat_interleave(length)
-        return replace(self, sequence=sequence)
+        position = torch.arange(length, device=x.device).repeat(batch) if self.position is None else self.position
+        return replace(self, sequence=sequence, position=position)
 
 
 NO_CONTEXT = Context()

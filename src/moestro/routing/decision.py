@@ -29,6 +29,7 @@ class Decision:
             `kept` `[tokens, k]` bool, choices that were carried out (absent = all);
             `valid` `[tokens]` bool, False for padding (absent = all valid);
             `sequence` `[tokens]` the sequence of each token (absent = one);
+            `domain` `[tokens]` the domain of each token (absent = unknown);
             `noisy_logits` and `noise_std` `[tokens, experts]` of routers with noise on their logits;
             `shared_weight` `[tokens]` weight of the shared expert (absent = 1);
             `bias` `[experts]` added to the scores for selection only.

@@ -15,7 +15,7 @@ class SparseRouting:
 
         y = C F(D x)        D picks `token`, C is its transpose times `weight`
 
-    Build it with `from_choice` (tokens choose) or `from_experts` (experts choose).
+    Build it with `from_choice` (tokens choose), `from_experts` (experts choose) or `from_matrix` (anything).
 
     Attributes:
         token: source token of each pair, `[pairs]` int64; grouped by expert, in token order within one.
@@ -70,6 +70,15 @@ class SparseRouting:
         weight = weight.gather(1, order)
         offsets = torch.arange(num_experts + 1, device=token.device) * capacity
         return cls(token.flatten(), weight.flatten(), offsets, num_tokens)
+
+    @classmethod
+    def from_matrix(cls, weight: Tensor, keep: Tensor) -> SparseRouting:
+        """Routing from a whole matrix, for any number of experts per token and tokens per expert.
+
+        Shapes: weight and keep (bool) `[tokens, experts]`.
+        """
+        expert, token = keep.t().nonzero(as_tuple=True)
+        return cls(token, weight[token, expert], offsets_from(expert, keep.shape[1]), len(keep))
 
     @property
     def num_experts(self) -> int:
