@@ -22,6 +22,8 @@ class TextBatch(Protocol):
     @property
     def targets(self) -> Tensor: ...
     @property
+    def domain(self) -> Tensor: ...
+    @property
     def num_bytes(self) -> int: ...
 
 
@@ -61,7 +63,7 @@ def evaluate(
         bits per byte = sum of -log2 p(target) / bytes of the targets
 
     Args:
-        model: tokens `[batch, length]` -> logits `[batch, length, vocab_size]`.
+        model: tokens and, by keyword, domain, both `[batch, length]` -> logits `[batch, length, vocab_size]`.
         batches: for example `moestro.data.Batches(file, batch_size, length, shuffle=False)`.
         num_batches: stop after so many; None = all.
         precision: dtype of autocast; None = the model's own.
@@ -75,7 +77,7 @@ def evaluate(
     total, correct, num_tokens, num_bytes = torch.zeros((), dtype=torch.float64), 0, 0, 0
     try:
         for batch in islice(batches, num_batches):
-            nll, hits = _score(model, batch.tokens.to(device), batch.targets.to(device), precision)
+            nll, hits = _score(model, batch, device, precision)
             total += nll.cpu()
             correct += int(hits)
             num_tokens += batch.targets.numel()
@@ -91,12 +93,12 @@ def evaluate(
 
 @torch.inference_mode()
 def _score(
-    model: nn.Module, tokens: Tensor, targets: Tensor, precision: torch.dtype | None
+    model: nn.Module, batch: TextBatch, device: torch.device, precision: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy in nats and the number of tokens guessed right."""
-    with autocast(tokens.device.type, precision):
-        logits = model(tokens).flatten(0, 1)
-    targets = targets.flatten()
+    with autocast(device.type, precision):
+        logits = model(batch.tokens.to(device), domain=batch.domain.to(device)).flatten(0, 1)
+    targets = batch.targets.to(device).flatten()
     nll = F.cross_entropy(logits.float(), targets, reduction="sum")
     return nll.double(), (logits.argmax(-1) == targets).sum()
 

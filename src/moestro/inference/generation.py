@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ def generate(
     seed: int = 0,
     cache: bool = True,
     stop: Collection[int] = (),
+    domain: int | None = None,
 ) -> Iterator[int]:
     """Continue a prompt; tokens come as soon as they are known.
 
@@ -36,38 +38,50 @@ def generate(
         cache: remember keys and values instead of computing them again, where routing allows it; the same tokens
             come out, except with methods that drop tokens over capacity: one new token at a time never exceeds it.
         stop: token ids that end the text; the one that did is not returned.
+        domain: source or language of the text; for methods that route by it.
 
     Raises:
         ValueError: an empty prompt, ids outside the vocabulary, or more tokens than the model has positions.
     """
     prompt = torch.as_tensor(tokens, dtype=torch.long, device=model.embedding.weight.device).flatten()
     _check(model, prompt, max_new_tokens)
-    sampler = Sampler(temperature, top_p, seed)
-    return _stream(model, prompt[None], max_new_tokens, sampler, cache and model.cacheable, frozenset(stop))
+    step = _Step(model, domain, cache and model.cacheable)
+    return _stream(step, prompt[None], max_new_tokens, Sampler(temperature, top_p, seed), frozenset(stop))
 
 
-def _stream(
-    model: DecoderLM, tokens: Tensor, count: int, sampler: Sampler, use_cache: bool, stop: frozenset[int]
-) -> Iterator[int]:
-    was_training = model.training
-    model.eval()
-    memory = model.new_cache(1, tokens.shape[1] + count) if use_cache else None
+def _stream(step: _Step, tokens: Tensor, count: int, sampler: Sampler, stop: frozenset[int]) -> Iterator[int]:
+    was_training = step.model.training
+    step.model.eval()
+    memory = step.new_memory(tokens.shape[1] + count)
     try:
         for _ in range(count):
-            token = sampler(_next_logits(model, tokens, memory))
+            token = sampler(step.next_logits(tokens, memory))
             if token in stop:
                 return
             yield token
             new = tokens.new_tensor([[token]])
-            tokens = new if use_cache else torch.cat([tokens, new], dim=1)
+            tokens = torch.cat([tokens, new], dim=1) if memory is None else new
     finally:
-        model.train(was_training)
+        step.model.train(was_training)
 
 
-@torch.inference_mode()
-def _next_logits(model: DecoderLM, tokens: Tensor, memory: KeyValueCache | None) -> Tensor:
-    """Logits `[vocab_size]` after the last token; the head runs on that position alone."""
-    return model.head(model.hidden_states(tokens, cache=memory)[0, -1])
+@dataclass(frozen=True)
+class _Step:
+    """One pass of the model over the tokens that it has not seen."""
+
+    model: DecoderLM
+    domain: int | None
+    cache: bool
+
+    def new_memory(self, max_length: int) -> KeyValueCache | None:
+        return self.model.new_cache(1, max_length) if self.cache else None
+
+    @torch.inference_mode()
+    def next_logits(self, tokens: Tensor, memory: KeyValueCache | None) -> Tensor:
+        """Logits `[vocab_size]` after the last token; the head runs on that position alone."""
+        domain = None if self.domain is None else torch.full_like(tokens, self.domain)
+        states = self.model.hidden_states(tokens, cache=memory, domain=domain)
+        return self.model.head(states[0, -1])
 
 
 def _check(model: DecoderLM, prompt: Tensor, max_new_tokens: int) -> None:
@@ -75,9 +89,10 @@ def _check(model: DecoderLM, prompt: Tensor, max_new_tokens: int) -> None:
         raise ValueError("the prompt is empty; pass at least one token")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens}; pass 0 or more")
-    if prompt.min() < 0 or prompt.max() >= model.vocab_size:
+    unknown = prompt[(prompt < 0) | (prompt >= model.vocab_size)]
+    if len(unknown):
         raise ValueError(
-            f"the prompt holds token {int(prompt.max())} but the model knows ids 0 to {model.vocab_size - 1}; "
+            f"the prompt holds token {int(unknown[0])} but the model knows ids 0 to {model.vocab_size - 1}; "
             "encode it with the model's own tokenizer"
         )
     if len(prompt) + max_new_tokens > model.max_length:

@@ -97,25 +97,36 @@ class DecoderLM(nn.Module):
         if tied_embeddings:
             self.head.weight = self.embedding.weight
 
-    def forward(self, tokens: Tensor, valid: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        valid: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        domain: Tensor | None = None,
+    ) -> Tensor:
         """Logits of the next token at every position.
 
         Args:
             tokens: `[batch, length]` int64.
             valid: False for padding, `[batch, length]` bool; None = all valid.
             cache: what earlier calls stored; the new tokens follow it and are stored too.
+            domain: source or language of every token, `[batch, length]` int; for methods that route by it.
         """
-        return self.head(self.hidden_states(tokens, valid, cache))
+        return self.head(self.hidden_states(tokens, valid, cache, domain))
 
     def hidden_states(
-        self, tokens: Tensor, valid: Tensor | None = None, cache: KeyValueCache | None = None
+        self,
+        tokens: Tensor,
+        valid: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        domain: Tensor | None = None,
     ) -> Tensor:
         """The states under the head, normalised, `[batch, length, width]`."""
         start = 0 if cache is None else cache.length
         self._check(tokens, start, valid, cache)
         rotary = self.rotary(start, tokens.shape[1])
         mask = _attention_mask(tokens, start, valid)
-        context = _context(tokens, start, valid)
+        context = _context(tokens, start, valid, domain)
         x = self.embedding(tokens)
         for index, layer in enumerate(self.layers):
             x = layer(x, rotary, mask, context, None if cache is None else cache.layers[index])
@@ -189,13 +200,20 @@ def _attention_mask(tokens: Tensor, start: int, valid: Tensor | None) -> Tensor 
     return causal & (valid[:, None, None, :] | itself)
 
 
-def _context(tokens: Tensor, start: int, valid: Tensor | None) -> Context:
+def _context(tokens: Tensor, start: int, valid: Tensor | None, domain: Tensor | None) -> Context:
     batch, length = tokens.shape
     row = torch.arange(batch, device=tokens.device)
-    column = torch.arange(start, start + length, device=tokens.device)
     return Context(
         token_ids=tokens.flatten(),
         sequence=row.repeat_interleave(length),
-        position=column.repeat(batch),
+        position=_positions(tokens, start, valid).flatten(),
         valid=None if valid is None else valid.flatten(),
+        domain=None if domain is None else domain.flatten(),
     )
+
+
+def _positions(tokens: Tensor, start: int, valid: Tensor | None) -> Tensor:
+    """Place of every token in its sequence, not counting padding, `[batch, length]`."""
+    if valid is not None:
+        return (valid.cumsum(1) - 1).clamp(min=0)
+    return torch.arange(start, start + tokens.shape[1], device=tokens.device).expand_as(tokens)

@@ -1,0 +1,67 @@
+"""Generation: the cache changes the speed, never the text."""
+
+import pytest
+import torch
+from oracles.tiny_models import CAUSAL_METHODS, tiny_model, tokens_for
+
+from moestro.inference import generate
+
+DROPLESS = [name for name in (None, *CAUSAL_METHODS) if name is None or tiny_model(name).batch_independent]
+
+
+@pytest.mark.parametrize("method", DROPLESS)
+def test_greedy_text_is_the_same_with_and_without_cache(method):
+    model = tiny_model(method)
+    prompt = tokens_for(model)[0]
+    cached, plain = (list(generate(model, prompt, 40, cache=cache, domain=1)) for cache in (True, False))
+    assert cached == plain
+    assert len(cached) == 40
+
+
+def test_greedy_text_is_the_argmax_one_token_at_a_time():
+    model = tiny_model("deepseek-v3")
+    tokens = tokens_for(model, batch=1, length=5)
+    for token in generate(model, tokens[0].tolist(), 10):
+        assert token == int(model(tokens)[0, -1].argmax())
+        tokens = torch.cat([tokens, torch.tensor([[token]])], dim=1)
+
+
+def test_sampled_text_is_the_same_with_and_without_cache_and_follows_the_seed():
+    model = tiny_model()
+    settings = {"temperature": 1.0, "top_p": 0.9}
+    texts = [
+        list(generate(model, [1, 2], 30, seed=seed, cache=cache, **settings))
+        for seed, cache in ((3, True), (3, False), (4, True))
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_tokens_stream_and_the_mode_comes_back():
+    model = tiny_model().train()
+    stream = generate(model, [1, 2, 3], 10)
+    first = next(stream)
+    assert not model.training
+    stream.close()
+    assert model.training
+    assert first == next(generate(model, [1, 2, 3], 1))
+
+
+def test_stop_tokens_end_the_text_and_are_not_returned():
+    model = tiny_model()
+    text = list(generate(model, [1, 2, 3], 10))
+    stop = text[4]
+    assert list(generate(model, [1, 2, 3], 10, stop=[stop])) == text[: text.index(stop)]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "count", "message"),
+    [
+        ([], 5, "the prompt is empty"),
+        ([1, 64], 5, "token 64 but the model knows ids 0 to 63"),
+        ([1, 2], 127, "exceed max_length=128"),
+        ([1], -1, "pass 0 or more"),
+    ],
+)
+def test_impossible_requests_are_refused_at_once(prompt, count, message):
+    with pytest.raises(ValueError, match=message):
+        generate(tiny_model(), prompt, count)

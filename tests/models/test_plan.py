@@ -1,0 +1,78 @@
+"""What a run will need, against what autograd really keeps."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracles.tiny_models import tiny_model
+
+from moestro.models import build_language_model, plan, probe
+
+MODELS = {
+    "mixtral": {"num_kv_heads": 2},
+    "switch": {"method": "switch"},
+    "deepseek-v3": {"method": "deepseek-v3", "first_dense": 1},
+    "query latent": {"method": "deepseek-v3", "q_lora_rank": 24},
+    "dense, normed": {"method": None, "qk_norm": True},
+    "relu": {"activation": "relu", "every": 2, "tied_embeddings": False},
+}
+
+
+def bytes_kept(model, tokens, precision):
+    """Bytes of distinct storages that autograd saves, weights aside."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            logits = model(tokens)
+        loss = F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten())
+    del loss
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_planned_activations_are_those_that_autograd_keeps(name, precision):
+    sizes = {"vocab_size": 256, "width": 96, "num_layers": 4, "num_heads": 4, "expert_hidden": 64, "num_experts": 8}
+    model = build_language_model(**(sizes | MODELS[name]))
+    memory = plan(model, batch_size=3, length=128, precision=precision).memory
+    planned = memory["activations"] + memory["logits"] + memory["casts"]
+    kept = bytes_kept(model, torch.randint(256, (3, 128)), precision)
+    assert planned == pytest.approx(kept, rel=0.2)  # the plan adds gradients of logits, and no small index tensors
+
+
+def test_weights_gradients_and_optimiser_are_four_times_the_weights():
+    model = tiny_model()
+    needs = plan(model, batch_size=2, length=16)
+    weights = sum(p.nbytes for p in model.parameters())
+    assert [needs.memory[name] for name in ("weights", "gradients", "optimiser", "casts")] == [
+        weights,
+        weights,
+        2 * weights,
+        0,
+    ]
+    assert needs.flops_per_token == model.flops_per_token(16)
+    assert needs.peak_memory == sum(needs.memory.values())
+    assert needs.fits(needs.peak_memory * 2)
+    assert not needs.fits(needs.peak_memory)
+    assert needs.seconds(1000, tokens_per_second=250.0) == 4.0
+
+
+def test_a_model_without_memory_has_the_same_plan():
+    arguments = tiny_model().config
+    with torch.device("meta"):
+        model = build_language_model(**arguments)
+    assert plan(model, batch_size=2, length=16, device="cpu") == plan(tiny_model(), batch_size=2, length=16)
+
+
+@pytest.mark.parametrize("method", ["deepseek-v3", None])
+def test_the_probe_measures_a_training_step(method):
+    model = tiny_model(method).train()
+    before = model.embedding.weight.clone()
+    assert probe(model, batch_size=2, length=16, steps=1) > 0
+    assert not torch.equal(model.embedding.weight, before)
