@@ -9,7 +9,7 @@ from oracles.synthetic_run import make_run
 from moestro.inspect import write_report
 from moestro.inspect.history import layer_labels
 from moestro.inspect.reduce import pooled, smoothed
-from moestro.inspect.runfolder import read_run
+from moestro.inspect.runfolder import number, read_run
 from moestro.inspect.story import comparison, count, notices, verdict
 
 pytest.importorskip("plotly")
@@ -232,8 +232,15 @@ def test_long_curves_are_averaged_not_cut():
     steps, means = pooled(list(range(1, 1001)), [[float(i)] for i in range(1000)], 100)
     assert (len(steps), steps[0], steps[-1]) == (100, 10, 1000)
     assert means[0] == [4.5]
+    assert pooled([1, 2, 3], [[1.0], [3.0], [8.0]], 2) == ([2, 3], [[2.0], [8.0]])  # the last group is smaller
     assert smoothed([5.0] * 200) == pytest.approx([5.0] * 200)
     assert smoothed([1.0, 2.0]) == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("value", [None, True, "3", [1], float("nan"), float("inf"), 10**400])
+def test_only_finite_numbers_are_numbers(value):
+    assert number(value) is None
+    assert number(3) == 3.0
 
 
 def test_numbers_and_names_are_short():

@@ -70,7 +70,10 @@ def number(value: Any) -> float | None:
     """The value as a finite float, None if it is anything else."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value) if math.isfinite(value) else None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # an integer beyond every float
+        return None
 
 
 def series(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
