@@ -2,20 +2,23 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from oracles.tiny_run import TEXT, tiny_recipe
 
 from moestro.models import load_model
 from moestro.train import NonFiniteLoss, Stopped, dump_recipe, load_recipe, train_run
+from moestro.train.build import build_corpus, training_batches
 from moestro.train.files import read_lines
 from moestro.train.progress import Silent
-from moestro.train.training import Training
+from moestro.train.training import Training, seed_everything
 
 
 def losses(run):
@@ -109,7 +112,8 @@ def test_resuming_a_finished_run_answers_its_result(tmp_path):
 
 def test_two_runs_are_equal_bit_for_bit_and_seeds_differ(tmp_path):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        recipe = tiny_recipe(tmp_path / "text.txt", seed=seed, precision="bfloat16", accumulate=2)
+        noisy = {"method": "shazeer-noisy-topk", "options": {"top_k": 2}}
+        recipe = tiny_recipe(tmp_path / "text.txt", seed=seed, precision="bfloat16", accumulate=2, **noisy)
         torch.manual_seed(hash(name))  # whatever the caller did before
         train_run(recipe, tmp_path / name, progress=Silent())
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
@@ -238,6 +242,33 @@ def test_a_stop_during_an_evaluation_repeats_it(tmp_path):
     assert [record["step"] for record in read_lines(tmp_path / "run" / "evaluations.jsonl")] == [2, 4]
     train_run(recipe, tmp_path / "run", resume=True, progress=Silent())
     assert [record["step"] for record in read_lines(tmp_path / "run" / "evaluations.jsonl")] == [2, 4, 6]
+
+
+def test_a_stop_after_an_evaluation_does_not_repeat_it(tmp_path):
+    class StopAfterEvaluation(Silent):
+        def evaluated(self, record):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    recipe = tiny_recipe(tmp_path / "text.txt")
+    with pytest.raises(Stopped, match="after step 2 of 6"):
+        train_run(recipe, tmp_path / "run", progress=StopAfterEvaluation())
+    train_run(recipe, tmp_path / "run", resume=True, progress=Silent())
+    assert [record["step"] for record in read_lines(tmp_path / "run" / "evaluations.jsonl")] == [2, 4, 6]
+
+
+def test_the_seed_decides_the_order_of_the_data_and_every_generator(tmp_path):
+    def order(seed):
+        recipe = tiny_recipe(tmp_path / "text.txt", seed=seed)
+        return training_batches(build_corpus(recipe.data), recipe).at(0).tokens
+
+    def draws(seed):
+        seed_everything(seed)
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    assert torch.equal(order(1), order(1))
+    assert not torch.equal(order(1), order(2))
+    assert draws(2**40) == draws(2**40)
+    assert not set(draws(1)) & set(draws(2))
 
 
 SCRIPT = """

@@ -54,6 +54,16 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(parts):
     assert_close(gradients(split), gradients(whole))
 
 
+def test_accumulation_counts_an_auxiliary_loss_by_the_share_of_its_tokens():
+    half = batch()
+    twice = Batch(*(part.repeat(2, 1) for part in (half.tokens, half.targets, half.domain)), 2 * half.num_bytes)
+    whole, split = language_model(), language_model()
+    a = stepper(whole, clip=0)(twice, 1)
+    b = stepper(split, clip=0, accumulate=2)(twice, 1)  # both halves are routed alike
+    assert (b.auxiliary_loss, b.named["balance"]) == pytest.approx((a.auxiliary_loss, a.named["balance"]))
+    assert_close(gradients(split), gradients(whole))
+
+
 def test_the_loss_is_the_mean_over_tokens_and_the_auxiliary_loss_is_added_to_its_gradient():
     model, text = language_model(), batch()
     result = stepper(model, clip=0)(text, 1)

@@ -35,15 +35,10 @@ class Interrupt:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._restore()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self.signal_number is not None:
-            self._restore()
             raise SystemExit(128 + number) if number == signal.SIGTERM else KeyboardInterrupt
         self.signal_number = number
-
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
