@@ -44,7 +44,8 @@ def test_show_prints_the_parts_of_every_method(name, capsys):
     text = output(capsys, "show", name)
     moe = moestro.build(name, width=64, hidden=128, num_experts=16, **needed(name))
     method = moestro.all_methods()[name]
-    assert text.startswith(f"{name}  {method.paper}, arXiv:{method.arxiv}  moestro/methods/")
+    paper = f"{method.paper}, arXiv:{method.arxiv}" if method.arxiv else method.paper
+    assert text.startswith(f"{name}  {paper}  moestro/methods/")
     for part in (moe.router, moe.experts, *([moe.shared] if moe.shared else [])):
         assert type(part).__name__ in text
     for option in method.options:

@@ -25,7 +25,9 @@ def test_parameters_are_those_of_the_built_model():
     assert facts["model"]["parameters"]["active"] == model.parameter_counts().active
     twin = sum(parameter.numel() for parameter in model.dense_twin().parameters())
     assert facts["dense twin"]["parameters"]["total"] == twin
-    assert facts["model"]["flops_per_token"] == model.flops_per_token(256)
+    forward = model.flops_per_token(256)
+    assert facts["model"]["flops_per_token"] == forward
+    assert facts["model"]["training_flops"] == 3 * forward * recipe.train.steps * recipe.train.batch_size * 256
 
 
 def test_a_probe_tells_the_time_of_both_models():

@@ -54,6 +54,14 @@ def test_a_pipe_gets_plain_unwrapped_lines(capsys, monkeypatch):
     assert second.endswith("1 234")
 
 
+def test_a_narrow_terminal_cuts_the_last_column(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "24")
+    print_table([{"name": "a" * 10, "summary": "word " * 9}], ("name", "summary"), one_line=True)
+    _, line = capsys.readouterr().out.splitlines()
+    assert line.startswith("a" * 10 + "  word")
+    assert line.endswith("…")
+
+
 @pytest.mark.parametrize("setting", ["NO_COLOR", None])
 def test_a_terminal_gets_colours_unless_told_not_to(setting, monkeypatch):
     for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE"):

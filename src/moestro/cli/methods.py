@@ -20,7 +20,7 @@ Examples:
   moestro methods --family token-choice
   moestro methods --json""",
 )
-COLUMNS = ("name", "family", "paper", "causal", "batch_independent", "summary")
+COLUMNS = ("name", "family", "paper", "causal", "summary")
 
 
 @app.default
@@ -42,7 +42,7 @@ def methods(
         families = sorted({method.family for method in all_methods().values()})
         raise ValueError(f"no method of family {family!r}; families are {', '.join(families)}")
     rows = [method_facts(method) for method in found]
-    print_json(rows) if json else print_table(rows, COLUMNS)
+    print_json(rows) if json else print_table(rows, COLUMNS, one_line=True)
 
 
 def method_facts(method: Method) -> dict[str, Any]:

@@ -74,6 +74,8 @@ def describe_method(name: str, **arguments: Any) -> dict[str, Any]:
     return {
         **facts,
         "parts": [dataclasses.asdict(part) for part in describe_parts(moe)],
+        "causal": moe.causal,
+        "batch_independent": moe.batch_independent,
         "losses": _losses(moe),
         "controllers": [dataclasses.asdict(describe_part("", each)) for each in moe.controllers],
         "parameters": dataclasses.asdict(moe.parameter_counts()),
@@ -91,6 +93,7 @@ def _tree(facts: dict[str, Any]) -> Tree:
     paper = f"{facts['paper']}, arXiv:{facts['arxiv']}" if facts["arxiv"] else facts["paper"]
     tree = Tree(Text.assemble((facts["name"], "bold"), f"  {paper}  ", (facts["file"], "dim")))
     tree.add(Text(facts["summary"]))
+    tree.add(Text(f"{facts['family']} · {_nature(facts)}"))
     for part in facts["parts"]:
         _add_part(tree, part)
     _add_losses(tree, facts)
@@ -99,6 +102,13 @@ def _tree(facts: dict[str, Any]) -> Tree:
         options.add(Text(f"{name}: {option['type']}{_values(option)}"))
     tree.add(Text(_counts(facts["parameters"])))
     return tree
+
+
+def _nature(facts: dict[str, Any]) -> str:
+    """Whom a token's output depends on."""
+    causal = "causal" if facts["causal"] else "not causal: later tokens change earlier outputs"
+    alone = "batch-independent" if facts["batch_independent"] else "depends on the other sequences of the batch"
+    return f"{causal} · {alone}"
 
 
 def _add_part(tree: Tree, part: dict[str, Any]) -> None:

@@ -28,7 +28,11 @@ def print_json(value: Any) -> None:
 
 
 def print_table(
-    rows: Iterable[Mapping[str, Any]], columns: Sequence[str], headers: Sequence[str] | None = None
+    rows: Iterable[Mapping[str, Any]],
+    columns: Sequence[str],
+    headers: Sequence[str] | None = None,
+    *,
+    one_line: bool = False,
 ) -> None:
     """Print rows as an aligned table without lines; columns of numbers are aligned at the right.
 
@@ -36,15 +40,27 @@ def print_table(
         rows: one mapping per row; values are shown with `show`.
         columns: the keys to print, in order.
         headers: their names [default: the keys, `_` as a space].
+        one_line: on a narrow terminal, cut the last column instead of wrapping.
     """
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    names = [header.replace("_", " ") for header in headers or columns]
     cells = [[show(row.get(column)) for column in columns] for row in rows]
-    for header, values in zip(headers or columns, zip(*cells, strict=True), strict=True):
+    out, table = console(), Table(box=None, pad_edge=False, header_style="bold")
+    if one_line:
+        _cut(names, cells, out.width)
+    for name, values in zip(names, zip(*cells, strict=True), strict=True):
         numbers = all(value == "-" or value[:1].isdigit() for value in values)
-        table.add_column(header.replace("_", " "), justify="right" if numbers else "left", overflow="fold")
+        table.add_column(name, justify="right" if numbers else "left", overflow="fold")
     for row in cells:
         table.add_row(*map(Text, row))
-    console().print(table)
+    out.print(table)
+
+
+def _cut(names: list[str], cells: list[list[str]], width: int) -> None:
+    """Shorten the last cell of each row to what the others leave, in place."""
+    others = [max(map(len, column)) + 2 for column in zip(names, *cells, strict=True)][:-1]
+    left = max(width - sum(others), len(names[-1]))
+    for row in cells:
+        row[-1] = row[-1] if len(row[-1]) <= left else f"{row[-1][: left - 1]}…"
 
 
 def show(value: Any) -> str:
