@@ -1,6 +1,7 @@
 """What keeps experts busy: losses, controllers and the log they read; never runs inside forward."""
 
 from moestro.balance.controllers import Controller, LossFreeBias
+from moestro.balance.levels import CommunicationBalance, GlobalBatchBalance, GroupBalance
 from moestro.balance.log import RoutingLog
 from moestro.balance.losses import (
     LoadTimesProbability,
@@ -13,7 +14,10 @@ from moestro.balance.losses import (
 )
 
 __all__ = [
+    "CommunicationBalance",
     "Controller",
+    "GlobalBatchBalance",
+    "GroupBalance",
     "LoadTimesProbability",
     "LossFreeBias",
     "RoutingLog",

@@ -35,3 +35,17 @@ def chosen_load(decision: Decision) -> Tensor:
     if choice is None:
         return decision.routing.load().detach()
     return count(choice, counted_choices(decision, choice), decision.routing.num_experts, torch.long)
+
+
+def facts(decision: Decision) -> tuple[Tensor, Tensor, Tensor]:
+    """Probabilities `[tokens, experts]`, choices `[tokens, k]` and valid tokens `[tokens]`, or ValueError."""
+    if decision.probs is None:
+        raise ValueError("this loss needs router probabilities, but this router has none")
+    return decision.probs, noted(decision, "choice"), valid_tokens(decision, len(decision.probs))
+
+
+def noted(decision: Decision, name: str) -> Tensor:
+    """A note of the decision, or ValueError saying which one is missing."""
+    if name not in decision.notes:
+        raise ValueError(f"this loss needs the decision's {name!r}, which only token-choice routers note")
+    return decision.notes[name]

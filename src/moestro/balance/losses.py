@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moestro.balance.counts import count, counted_choices, valid_tokens
+from moestro.balance.counts import count, counted_choices, facts, noted, valid_tokens
 from moestro.routing import Decision
 from moestro.routing.context import group_by_sequence
 
@@ -43,7 +43,7 @@ def load_times_probability(decision: Decision, convention: Convention = "switch"
     """
     if convention not in _CONVENTIONS:
         raise ValueError(f"unknown convention {convention!r}; choose one of {', '.join(_CONVENTIONS)}")
-    probs, choice, valid = _facts(decision)
+    probs, choice, valid = facts(decision)
     counted = counted_choices(decision, choice)
     if convention == "switch":
         choice, counted = choice[:, :1], counted[:, :1]
@@ -81,7 +81,7 @@ class SequenceBalance:
 
     def __call__(self, decision: Decision) -> Tensor:
         """Raises ValueError for a decision without probabilities or choices."""
-        probs, choice, valid = _facts(decision)
+        probs, choice, valid = facts(decision)
         num_experts, k = probs.shape[1], choice.shape[1]
         token, present, _ = group_by_sequence(decision.notes.get("sequence"), valid, len(probs), probs.device)
         if not len(token):
@@ -133,7 +133,7 @@ def load_cv_squared(decision: Decision) -> Tensor:
     Raises:
         ValueError: a decision without choices.
     """
-    choice = _note(decision, "choice")
+    choice = noted(decision, "choice")
     num_experts, k = decision.routing.num_experts, choice.shape[1]
     valid = valid_tokens(decision, len(choice))
     std, noisy, clean = decision.notes.get("noise_std"), decision.notes.get("noisy_logits"), decision.logits
@@ -145,15 +145,3 @@ def load_cv_squared(decision: Decision) -> Tensor:
     threshold = torch.where(inside, ranked[:, k : k + 1], ranked[:, k - 1 : k])
     chance = torch.special.ndtr((clean - threshold) / std)
     return cv_squared((chance * valid.unsqueeze(1)).sum(0))
-
-
-def _facts(decision: Decision) -> tuple[Tensor, Tensor, Tensor]:
-    if decision.probs is None:
-        raise ValueError("this loss needs router probabilities, but this router has none")
-    return decision.probs, _note(decision, "choice"), valid_tokens(decision, len(decision.probs))
-
-
-def _note(decision: Decision, name: str) -> Tensor:
-    if name not in decision.notes:
-        raise ValueError(f"this loss needs the decision's {name!r}, which only token-choice routers note")
-    return decision.notes[name]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from moestro.experts.single import FeedForward
 from moestro.routing import MergeRouting, Routing
 
 
@@ -56,7 +57,7 @@ class Experts(nn.Module, ABC):
         """Parameters that a row meets on average: all of them shared out evenly."""
         return sum(p.numel() for p in self.parameters()) // self.num_experts
 
-    def dense(self, multiple: int = 1) -> nn.Module:
+    def dense(self, multiple: int = 1) -> FeedForward:
         """One dense network with the formula of `multiple` experts side by side, e.g. for a shared expert.
 
         Raises:

@@ -1,5 +1,6 @@
 """Layers made of a router and experts."""
 
-from moestro.layers.moe import MoE, ParameterCounts
+from moestro.layers.dense_moe_block import DenseMoEBlock
+from moestro.layers.moe import Loss, MoE, ParameterCounts
 
-__all__ = ["MoE", "ParameterCounts"]
+__all__ = ["DenseMoEBlock", "Loss", "MoE", "ParameterCounts"]

@@ -26,6 +26,11 @@ def gshard_slots(num_tokens: int, num_experts: int, factor: float = 2.0) -> int:
     return int(factor * math.ceil(num_tokens / num_experts))
 
 
+def slots_of_choices(num_tokens: int, num_experts: int, factor: float, k: int, minimum: int = 1) -> int:
+    """`max(ceil(factor * k * T / E), minimum)`: slots for k choices per token, Rajbhandari et al. 2022."""
+    return max(math.ceil(factor * k * num_tokens / num_experts), minimum)
+
+
 class Capacity(nn.Module, ABC):
     """A policy that takes choices out of a Selection; combine weights stay as they are.
 
@@ -42,6 +47,10 @@ class Capacity(nn.Module, ABC):
     @abstractmethod
     def causal(self, k: int) -> bool:
         """Whether later tokens cannot take the place of earlier ones, with k choices per token."""
+
+    def causal_evaluation(self, k: int) -> bool:
+        """The same for evaluation."""
+        return self.causal(k)
 
 
 class Dropless(Capacity):
@@ -84,6 +93,32 @@ class DropByPosition(Capacity):
 
     def extra_repr(self) -> str:
         return f"train={_describe(self.train_slots)}, evaluate={_describe(self.evaluate_slots)}"
+
+
+class InTraining(Capacity):
+    """A capacity that binds in training only; evaluation drops nothing and depends on nobody else.
+
+    Args:
+        capacity: the policy inside.
+    """
+
+    batch_independent = True
+
+    def __init__(self, capacity: Capacity) -> None:
+        super().__init__()
+        self.capacity = capacity
+
+    def forward(self, chosen: Selection, weight: Tensor, num_experts: int, context: Context) -> Selection:
+        if not self.training:
+            return chosen
+        kept: Selection = self.capacity(chosen, weight, num_experts, context)
+        return kept
+
+    def causal(self, k: int) -> bool:
+        return self.capacity.causal(k)
+
+    def causal_evaluation(self, k: int) -> bool:
+        return True
 
 
 def place_in_line(chosen: Selection, num_experts: int) -> Tensor:

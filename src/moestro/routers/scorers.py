@@ -53,6 +53,26 @@ class Linear(Scorer):
         return f"width={self.width}, num_experts={self.num_experts}"
 
 
+class Biased(Scorer):
+    """Adds a learned bias per expert to the logits of a scorer: `logits = scorer(x) + b`.
+
+    Args:
+        scorer: the scorer inside.
+
+    Shapes: bias `[experts]`, zero at the start.
+    """
+
+    def __init__(self, scorer: Scorer) -> None:
+        super().__init__()
+        self.scorer, self.num_experts = scorer, scorer.num_experts
+        self.causal, self.batch_independent = scorer.causal, scorer.batch_independent
+        self.bias = nn.Parameter(torch.zeros(scorer.num_experts))
+
+    def forward(self, x: Tensor, context: Context = NO_CONTEXT) -> Tensor:
+        logits: Tensor = self.scorer(x, context)
+        return logits + self.bias.to(logits.dtype)
+
+
 class InputJitter(Scorer):
     """Multiplies what a scorer sees, and only that, by noise around one; in training only.
 

@@ -18,11 +18,13 @@ class Select(nn.Module, ABC):
     Attributes:
         k: choices per token.
         causal: whether later tokens cannot change what earlier ones choose.
+        causal_evaluation: whether that holds in evaluation at least.
         batch_independent: whether a sequence's choices do not depend on the others of the batch.
     """
 
     k: int
     causal: bool = True
+    causal_evaluation: bool = False
     batch_independent: bool = True
 
     @abstractmethod
@@ -125,18 +127,26 @@ class BiasedSelection(Float32Buffers, Select):
 
 
 class RandomSecond(Select):
-    """Keeps the second choice with probability `min(1, 2 g2)`, g2 its normalised score; in training only.
+    """Keeps the second choice with probability `min(1, g2 / threshold)`, g2 its normalised score; in training only.
 
-        g2 = p2 / (p1 + p2);   keep if u <= 2 g2, u ~ U(0, 1)        Lepikhin et al. 2020, algorithm 1
+        g2 = p2 / (p1 + p2);   keep if u <= g2 / threshold, u ~ U(0, 1)
+        Lepikhin et al. 2020, algorithm 1: threshold 1/2;   Zoph et al. 2022: threshold 0.2
 
     Evaluation keeps both.
 
     Args:
         select: a rule that makes two choices.
+        threshold: score from which on the second choice is always kept.
+
+    Raises:
+        ValueError: a rule with another number of choices, or a threshold that is not above 0.
     """
 
-    def __init__(self, select: Select) -> None:
+    def __init__(self, select: Select, threshold: float = 0.5) -> None:
         super().__init__()
+        if threshold <= 0:
+            raise ValueError(f"threshold={threshold} of the second choice must be above 0")
+        self.threshold = threshold
         if select.k != 2:
             raise ValueError(f"a random second choice needs a rule of two choices, got k={select.k}")
         self.select, self.k = select, 2
@@ -151,5 +161,5 @@ class RandomSecond(Select):
         pair = scores.detach().gather(1, chosen.index)
         second = pair[:, 1] / (pair.sum(1) + 1e-9)
         keep = torch.ones_like(chosen.index, dtype=torch.bool)
-        keep[:, 1] = torch.rand_like(second) <= 2 * second
+        keep[:, 1] = torch.rand_like(second) <= second / self.threshold
         return chosen.restricted(keep)

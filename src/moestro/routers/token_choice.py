@@ -62,6 +62,8 @@ class TokenChoice(Router):
         select.check(self.num_experts)
         self.top_k = select.k
         self.causal = scorer.causal and select.causal and self.capacity.causal(select.k)
+        evaluates = select.causal or select.causal_evaluation
+        self.causal_evaluation = scorer.causal and evaluates and self.capacity.causal_evaluation(select.k)
         parts = (scorer, select, self.capacity)
         self.batch_independent = all(part.batch_independent for part in parts)
 

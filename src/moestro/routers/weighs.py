@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from moestro.routing import Selection
@@ -20,6 +21,51 @@ def as_is(logits: Tensor, probs: Tensor, chosen: Selection) -> Tensor:
 def softmax_over_selected(logits: Tensor, probs: Tensor, chosen: Selection) -> Tensor:
     """Softmax over the chosen logits only. Shapes: `[tokens, experts]` -> `[tokens, k]`, rows sum to 1."""
     return logits.gather(1, chosen.index).softmax(-1)
+
+
+def sigmoid_of_selected(logits: Tensor, probs: Tensor, chosen: Selection) -> Tensor:
+    """Logistic function of the chosen logits (Lewis et al. 2021). Shapes: `[tokens, experts]` -> `[tokens, k]`."""
+    return logits.gather(1, chosen.index).sigmoid()
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """The scores of the chosen experts times a constant (DeepSeek-AI 2024, V2: 16).
+
+    Attributes:
+        scale: the constant.
+    """
+
+    scale: float
+
+    def __call__(self, logits: Tensor, probs: Tensor, chosen: Selection) -> Tensor:
+        """Shapes: `[tokens, experts]` -> `[tokens, k]`."""
+        return self.scale * probs.gather(1, chosen.index)
+
+
+@dataclass(frozen=True)
+class Normed:
+    """The chosen scores divided by their q-norm.
+
+        a = s / (sum_j |s_j|^q)^(1/q)        Databricks 2024 (DBRX), q = 1: weights sum to 1
+
+    Attributes:
+        q: order of the norm.
+
+    Raises:
+        ValueError: an order that is not above 0.
+    """
+
+    q: float
+
+    def __post_init__(self) -> None:
+        if self.q <= 0:
+            raise ValueError(f"norm={self.q} must be above 0; 1 makes the weights sum to one")
+
+    def __call__(self, logits: Tensor, probs: Tensor, chosen: Selection) -> Tensor:
+        """Shapes: `[tokens, experts]` -> `[tokens, k]`."""
+        weight = probs.gather(1, chosen.index)
+        return weight / torch.linalg.vector_norm(weight, self.q, dim=-1, keepdim=True)
 
 
 @dataclass(frozen=True)
