@@ -208,15 +208,15 @@ def test_st_moe_routes_and_loses_by_its_equations(method):
 @entry("st-moe")
 def test_st_moe_keeps_a_second_choice_above_the_threshold(method):
     moe = lively(method, threshold=0.2, capacity_factor=None, jitter=0.0).train()
-    x = tokens(400)
+    x = tokens(6000)
     torch.manual_seed(0)
     decision = moe.route(x)
-    pair = decision.probs.topk(2).values
+    pair = decision.probs.detach().topk(2).values
     second = pair[:, 1] / pair.sum(1)
     kept = decision.notes["kept"][:, 1]
     assert kept[second > 0.2].all()
     rest = second < 0.2
-    assert abs(float(kept[rest].double().mean() - (second[rest] / 0.2).mean())) < 0.1
+    assert abs(float(kept[rest].double().mean() - (second[rest] / 0.2).mean())) < 0.05
 
 
 # ---- gpt-oss
