@@ -1,0 +1,1 @@
+"""Fitting: how a mixture finds its parameters."""

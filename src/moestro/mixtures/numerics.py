@@ -1,0 +1,141 @@
+"""Weighted linear algebra that the gates and the experts share: moments, Gram matrices, least squares."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]  # float64 unless a name says otherwise
+
+_ROWS_PER_BLOCK = 8192  # a block of products stays in the cache
+_CONDITION = 1e-8  # below it the normal equations lose too many digits and the rows are factored instead
+
+
+def weighted_moments(x: Array, weight: Array) -> tuple[Array, Array]:
+    """Weighted mean and standard deviation of each column; a constant column gets deviation 1."""
+    total = weight.sum()
+    center = weight @ x / total
+    scale = np.sqrt(weight @ (x - center) ** 2 / total)
+    constant = scale <= 1e-12 * np.maximum(1.0, np.abs(center))
+    return center, np.where(constant, 1.0, scale)
+
+
+def softmax_rows(logits: Array) -> tuple[Array, Array]:
+    """Row-wise log-sum-exp and normalised exponentials.
+
+    Shapes: logits `[rows, experts]` -> `[rows]`, `[rows, experts]`.
+    """
+    top = logits.max(axis=1, keepdims=True)
+    top[~np.isfinite(top)] = 0.0  # a row that no expert can explain
+    share = np.exp(logits - top)
+    total = share.sum(axis=1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        log_total = np.log(total)
+    empty = total[:, 0] == 0
+    if empty.any():
+        share[empty], total[empty] = 1.0, share.shape[1]
+    share /= total
+    return (log_total + top)[:, 0], share
+
+
+@lru_cache(maxsize=64)
+def upper_indices(size: int) -> tuple[Array, Array]:
+    """Row and column of the entries on and above the diagonal."""
+    rows, columns = np.triu_indices(size)
+    return rows, columns
+
+
+def weighted_gram(z: Array, weights: Array) -> Array:
+    """All matrices `sum_t weights[t, k] z_t z_tᵀ` in one pass.
+
+    Forms the p(p+1)/2 distinct products of a block of rows once and multiplies them with every column of weights,
+    so that k Gram matrices cost one matrix product.
+    Shapes: z `[rows, p]`, weights `[rows, k]` -> `[k, p, p]`.
+    """
+    num_rows, p = z.shape
+    upper = upper_indices(p)
+    packed = np.zeros((weights.shape[1], len(upper[0])))
+    products = np.empty((min(num_rows, _ROWS_PER_BLOCK), len(upper[0])))
+    for start in range(0, num_rows, _ROWS_PER_BLOCK):
+        block = z[start : start + _ROWS_PER_BLOCK]
+        rows = products[: len(block)]
+        at = 0
+        for column in range(p):
+            np.multiply(block[:, column:], block[:, column, None], out=rows[:, at : at + p - column])
+            at += p - column
+        packed += weights[start : start + _ROWS_PER_BLOCK].T @ rows
+    gram = np.empty((weights.shape[1], p, p))
+    gram[:, upper[0], upper[1]] = packed
+    gram[:, upper[1], upper[0]] = packed
+    return gram
+
+
+def predictions(z: Array, coef: Array) -> Array:
+    """Linear predictors of all experts as one product.
+
+    Shapes: z `[rows, p]`, coef `[experts, p, q]` -> `[rows, experts, q]`.
+    """
+    num_experts, p, q = coef.shape
+    return (z @ coef.transpose(1, 0, 2).reshape(p, num_experts * q)).reshape(len(z), num_experts, q)
+
+
+def least_squares(z: Array, y: Array, mass: Array, penalty: Array) -> Array:
+    """Weighted ridge regressions `argmin_B sum_t mass[t, i] |y_t - Bᵀz_t|² + sum_k penalty_k B_k²`, one per expert.
+
+    Solves the normal equations; an expert whose (standardised) Gram matrix is nearly singular is solved by a
+    singular value decomposition of its weighted rows, which returns the smallest solution.
+    Shapes: z `[rows, p]`, y `[rows, q]` or `[rows, experts, q]`, mass `[rows, experts]`, penalty `[p]`
+    -> `[experts, p, q]`.
+    """
+    gram = weighted_gram(z, mass) + np.diag(penalty)
+    own_target = y.ndim == 3
+    if own_target:
+        cross = np.stack([z.T @ (mass[:, i, None] * y[:, i]) for i in range(mass.shape[1])])
+    else:
+        stacked = (mass[:, :, None] * y[:, None, :]).reshape(len(y), -1)
+        cross = (z.T @ stacked).reshape(z.shape[1], mass.shape[1], -1).transpose(1, 0, 2)
+    size = np.sqrt(np.maximum(np.einsum("epp->ep", gram), 1e-300))
+    values, vectors = np.linalg.eigh(gram / (size[:, :, None] * size[:, None, :]))
+    sound = values[:, 0] > _CONDITION * values[:, -1]
+    inverse = 1.0 / np.where(sound[:, None], values, 1.0)
+    coef = vectors @ (inverse[:, :, None] * (vectors.transpose(0, 2, 1) @ (cross / size[:, :, None])))
+    coef /= size[:, :, None]
+    for i in np.flatnonzero(~sound):
+        coef[i] = _factor_rows(z, y[:, i] if own_target else y, mass[:, i], penalty)
+    return coef
+
+
+def _factor_rows(z: Array, y: Array, mass: Array, penalty: Array) -> Array:
+    used = mass > 0
+    root = np.sqrt(mass[used])[:, None]
+    rows, target = root * z[used], root * y[used]
+    if penalty.any():
+        rows = np.vstack([rows, np.diag(np.sqrt(penalty))])
+        target = np.vstack([target, np.zeros((len(penalty), y.shape[1]))])
+    return np.linalg.lstsq(rows, target, rcond=1e-10)[0]
+
+
+def scatter(error: Array, mass: Array) -> Array:
+    """`sum_t mass[t, i] e_ti e_tiᵀ`. Shapes: `[rows, experts, q]`, `[rows, experts]` -> `[experts, q, q]`."""
+    if error.shape[2] == 1:
+        return np.einsum("te,te->e", mass, error[:, :, 0] ** 2)[:, None, None]
+    return np.stack([(mass[:, i, None] * error[:, i]).T @ error[:, i] for i in range(mass.shape[1])])
+
+
+def solve_positive(matrix: Array, vector: Array) -> Array:
+    """Solve with a symmetric positive semi-definite matrix, with a last resort for singular ones."""
+    size = matrix.shape[0]
+    nudged = matrix + np.eye(size) * (1e-12 * np.trace(matrix) / size + 1e-300)
+    try:
+        lower = np.linalg.cholesky(nudged)
+    except np.linalg.LinAlgError:
+        return np.linalg.lstsq(matrix, vector, rcond=None)[0]
+    return np.linalg.solve(lower.T, np.linalg.solve(lower, vector))
+
+
+def is_empty(mass_per_expert: Array, total: float) -> Array:
+    """Experts that hold too little mass to be refitted."""
+    return mass_per_expert < max(1e-8 * total, np.finfo(float).tiny)

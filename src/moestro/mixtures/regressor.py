@@ -1,0 +1,148 @@
+"""Mixture of experts for regression."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from sklearn.base import RegressorMixin
+from sklearn.utils import Tags, check_random_state
+from sklearn.utils.validation import check_array, column_or_1d, validate_data
+
+from moestro.mixtures.base import MixtureOfExperts, part
+from moestro.mixtures.experts import REGRESSION_EXPERTS, ConstantExpert, Expert
+from moestro.mixtures.gates import ConstantGate
+from moestro.mixtures.numerics import Array
+from moestro.mixtures.quantiles import mixture_quantile
+
+
+class MixtureOfExpertsRegressor(RegressorMixin, MixtureOfExperts):
+    """Regression by a gate that shares the input space among experts, fitted by maximum likelihood.
+
+        p(y|x) = sum_i g_i(x) f_i(y|x)    Jacobs, Jordan, Nowlan & Hinton 1991; Jordan & Jacobs 1994
+
+    Args:
+        n_experts: number of experts of a flat mixture; None means 2, or the leaves of `branching`.
+        branching: children per node for every level of a tree of softmax gates: (2, 2, 2) is a binary tree with
+            eight experts.
+        gate: "softmax", "gaussian", "constant" or a gate object with other options.
+        expert: "linear", "ridge", "gaussian" (full covariance), "constant", "laplace", "student", "poisson",
+            "gamma" or an expert object with other options.
+        algorithm: "em"; "gem" (one Newton step of the gate); "ecm" (shares renewed between gate and experts);
+            "mm" (bounds instead of Newton steps); "hard-em"; "stochastic-em"; "annealed-em".
+        tol: stop when the mean objective changes by less.
+        max_iter: most iterations per start.
+        n_init: number of starts; the best is kept.
+        init: "segments", "subset", "random", "soft", "kmeans", "auto" (these in turn), or shares `[rows, experts]`
+            of a single start.
+        reg_covar: smallest variance of an expert, relative to the variance of y: the likelihood of a mixture of
+            normals has no maximum without it.
+        warm_start: continue from the fitted parameters.
+        random_state: seed of the starts.
+        verbose: 1 reports every tenth iteration, 2 every one.
+        n_jobs: processes for the starts.
+
+    Attributes: `gate_coef_` `[experts, features]`, `gate_intercept_` (last row 0; `node_coef_`, `node_intercept_`
+    per level for a tree; `gate_means_`, `gate_covariances_` for Gaussian gates), `weights_` `[experts]` (mean gate),
+    `expert_coef_` `[experts, outputs, features]`, `expert_intercept_` `[experts, outputs]` and the scale, shape or
+    degrees of freedom of the family (`expert_variance_`, `expert_covariance_`, `expert_scale_`, `expert_dof_`,
+    `expert_shape_`), `loglik_`, `loglik_path_`, `lower_bound_`, `n_parameters_`, `n_iter_`, `converged_`. Under a
+    Gaussian gate log-likelihoods are those of inputs and targets together.
+    """
+
+    _experts = REGRESSION_EXPERTS
+
+    def __sklearn_tags__(self) -> Tags:
+        tags = super().__sklearn_tags__()
+        expert = part(self.expert, self._experts, "expert") if isinstance(self.expert, str | Expert) else None
+        tags.target_tags.multi_output = expert is not None and expert.multi_output
+        constant = self.gate == "constant" or isinstance(self.gate, ConstantGate)
+        tags.regressor_tags.poor_score = constant and isinstance(expert, ConstantExpert)
+        tags.target_tags.positive_only = expert is not None and expert.target in ("count", "positive")
+        return tags
+
+    def _validate(self, X: Any, y: Any) -> tuple[Array, Any]:
+        several = part(self.expert, self._experts, "expert").multi_output
+        x, y = validate_data(self, X, y, dtype=np.float64, multi_output=several, y_numeric=True)
+        return x, y if several else column_or_1d(y, warn=True)
+
+    def _encode(self, y: Any) -> Array:
+        self._flat = y.ndim == 1
+        self.n_outputs_ = 1 if self._flat else y.shape[1]
+        return np.asarray(y, dtype=np.float64).reshape(len(y), -1)
+
+    def _known(self, y: Any) -> Array:
+        target = check_array(y, dtype=np.float64, ensure_2d=False, input_name="y")
+        target = target.reshape(len(target), -1)
+        if target.shape[1] != self.n_outputs_:
+            raise ValueError(f"y has {target.shape[1]} outputs but the mixture was fitted with {self.n_outputs_}")
+        self._check_target(target, self.mixture_.expert)
+        return target
+
+    def _check_target(self, y: Array, expert: Expert) -> None:
+        if expert.target == "count" and y.min() < 0:
+            raise ValueError(f"y has the value {y.min():g} but Poisson experts explain counts of 0 and more")
+        if expert.target == "positive" and y.min() <= 0:
+            raise ValueError(f"y has the value {y.min():g} but gamma experts explain targets above 0")
+
+    def _units(self, value: Array) -> Array:
+        """Targets in the user's units and in the user's form."""
+        value = value * self.scaling_.y_scale + self.scaling_.y_center
+        return value[..., 0] if self._flat else value
+
+    def predict(self, X: Any, return_std: bool = False) -> Array | tuple[Array, Array]:
+        """Mean `sum_i g_i(x) μ_i(x)`, and the standard deviation by the law of total variance.
+
+        Shapes: `[rows]` or `[rows, outputs]`, as y was given.
+        """
+        u, z = self._features(X)
+        share = self.mixture_.share(u)[:, :, None]
+        mean = self.mixture_.expert.mean(self.mixture_.expert_params, z)
+        center = (share * mean).sum(1)
+        if not return_std:
+            return self._units(center)
+        variance = self.mixture_.expert.variance(self.mixture_.expert_params, z)
+        with np.errstate(invalid="ignore"):
+            spread = np.where(share > 0, share * (variance + (mean - center[:, None]) ** 2), 0.0).sum(1)
+        std = np.sqrt(spread) * self.scaling_.y_scale
+        return self._units(center), std[:, 0] if self._flat else std
+
+    def predict_experts(self, X: Any) -> Array:
+        """Mean of every expert, `[rows, experts, outputs]`."""
+        z = self._features(X)[1]
+        mean = self.mixture_.expert.mean(self.mixture_.expert_params, z)
+        return mean * self.scaling_.y_scale + self.scaling_.y_center
+
+    def predict_hard(self, X: Any) -> Array:
+        """Mean of the expert that the gate prefers. Shapes as `predict`."""
+        u, z = self._features(X)
+        mean = self.mixture_.expert.mean(self.mixture_.expert_params, z)
+        return self._units(mean[np.arange(len(u)), self.mixture_.share(u).argmax(1)])
+
+    def predict_quantiles(self, X: Any, quantiles: Any = (0.05, 0.5, 0.95)) -> Array:
+        """Quantiles of `p(y | x)`, of each output alone.
+
+        Shapes: `[rows, quantiles]` or `[rows, quantiles, outputs]`.
+        """
+        levels = np.atleast_1d(np.asarray(quantiles, dtype=np.float64))
+        if levels.min() <= 0 or levels.max() >= 1:
+            raise ValueError(f"quantiles={quantiles} must lie strictly between 0 and 1")
+        u, z = self._features(X)
+        found = [mixture_quantile(self.mixture_, u, z, level) for level in levels]
+        return self._units(np.stack(found, axis=1))
+
+    def predict_interval(self, X: Any, coverage: float = 0.9) -> tuple[Array, Array]:
+        """Central interval that holds y with the given probability. Shapes as `predict`, twice."""
+        if not 0 < coverage < 1:
+            raise ValueError(f"coverage={coverage} must lie strictly between 0 and 1")
+        both = self.predict_quantiles(X, (0.5 - coverage / 2, 0.5 + coverage / 2))
+        return both[:, 0], both[:, 1]
+
+    def sample(self, X: Any, random_state: Any = None) -> Array:
+        """One draw from `p(y | x)` for each row: an expert by the gate, then a target. Shapes as `predict`."""
+        rng = check_random_state(random_state)
+        u, z = self._features(X)
+        share = self.mixture_.share(u)
+        label = (share.cumsum(1) < rng.random_sample(len(u))[:, None]).sum(1)
+        label = np.minimum(label, share.shape[1] - 1)
+        return self._units(self.mixture_.expert.sample(self.mixture_.expert_params, z, label, rng))
