@@ -59,5 +59,5 @@ class _GroupedMatmul(torch.autograd.Function):
             grad_rows = F.grouped_mm(grad, weight.transpose(1, 2), offs=ends)
         if ctx.needs_input_grad[1]:
             grad_weight = F.grouped_mm(rows.t(), grad, offs=ends)
-            grad_weight = torch.where((offsets.diff() > 0).view(-1, 1, 1), grad_weight, 0)
+            grad_weight.masked_fill_((offsets.diff() == 0).view(-1, 1, 1), 0)
         return grad_rows, grad_weight, None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -141,8 +142,7 @@ def _collect(rows: Tensor, token: Tensor, slot: Tensor | None, num_tokens: int) 
         return rows.new_zeros(num_tokens, rows.shape[1]).index_add(0, token, rows)
     if len(rows) < slot.numel():  # dropped choices read the extra row of zeros
         rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
-    chosen = rows.index_select(0, slot.flatten()).view(*slot.shape, rows.shape[1])  # [tokens, k, width]
-    return chosen.sum(1)
+    return F.embedding_bag(slot, rows, mode="sum")  # gather and sum without the copy [tokens, k, width]
 
 
 class _Gather(torch.autograd.Function):
