@@ -69,9 +69,8 @@ def test_deepseek_v3_has_its_published_size():
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "None"])
 def test_the_twin_has_the_active_parameters(name):
-    model = build_language_model(
-        **({"vocab_size": 256, "width": 96, "num_layers": 4, "num_heads": 4, "expert_hidden": 64} | MODELS[name])
-    )
+    sizes = {"vocab_size": 256, "width": 96, "num_layers": 4, "expert_hidden": 64}
+    model = tiny_model(**(sizes | MODELS[name]))
     twin = model.dense_twin(seed=0)
     counts = twin.parameter_counts()
     assert counts.total == counts.active == pytest.approx(model.parameter_counts().active, rel=0.01)

@@ -69,11 +69,14 @@ def test_a_model_goes_into_the_layout_that_computes_it(layout, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ({"first_dense": 1}, "Mixtral has no dense layers but layers [0] are"),
+        ({"first_dense": 1}, "not Mixtral: Mixtral has no dense layers but layers [0] are"),
         ({"activation": "relu"}, "gated feed-forward networks, not relu"),
         ({"attention": "latent"}, "attention is grouped-query, not latent"),
-        ({"qk_norm": "full", "head_dim": 6}, "OLMoE does not fit: its heads fill the width 32, not 4 x 6"),
-        ({"method": "switch"}, "no stock architecture routes like switch"),
+        ({"qk_norm": "full", "head_dim": 6}, "not OLMoE: its heads fill the width 32, not 4 x 6"),
+        ({"method": "switch"}, "Mixtral routes by softmax and top-k, weights normalised to one"),
+        ({"method": "olmoe"}, "Mixtral routes by softmax and top-k, weights normalised to one"),
+        ({"method": "shazeer-noisy-topk", "qk_norm": True}, "Qwen3-MoE routes by softmax and top-k"),
+        ({"method": "mixtral", "attention": "latent"}, "DeepSeek-V3 routes by biased sigmoid scores and top-k"),
         ({"method": "deepseek-v3", "every": 2}, "dense layers come first, but layers [0, 2] are dense"),
         ({"method": "deepseek-v3", "options": {"shared_experts": 0}}, "pass shared_experts >= 1"),
         ({"method": "deepseek-v3", "attention": "grouped-query"}, "attention is latent, not grouped-query"),

@@ -15,6 +15,14 @@ MODELS = {
     "mixtral, untied, narrow heads": ("MixtralForCausalLM", {"tied_embeddings": False, "head_dim": 6}),
     "mixtral, qk norm, mixed": ("Qwen3MoeForCausalLM", {"qk_norm": True, "first_dense": 1, "num_kv_heads": 2}),
     "mixtral, full qk norm": ("OlmoeForCausalLM", {"qk_norm": "full", "num_kv_heads": 2}),
+    "qwen3": ("Qwen3MoeForCausalLM", {"method": "qwen3", "qk_norm": True, "every": 2, "options": {"top_k": 3}}),
+    "qwen3 without norms": ("MixtralForCausalLM", {"method": "qwen3", "options": {"top_k": 3}}),
+    "olmoe": ("OlmoeForCausalLM", {"method": "olmoe", "qk_norm": "full", "options": {"top_k": 3}}),
+    "olmoe with head norms": (
+        "Qwen3MoeForCausalLM",
+        {"method": "olmoe", "qk_norm": "head", "options": {"top_k": 3}},
+    ),
+    "jamba": ("OlmoeForCausalLM", {"method": "jamba", "qk_norm": "full"}),
     "deepseek-v3": (
         "DeepseekV3ForCausalLM",
         {

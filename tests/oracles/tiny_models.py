@@ -12,8 +12,12 @@ CAUSAL_METHODS = [name for name, method in all_methods().items() if method.causa
 
 
 def tiny_model(method: str | None = "mixtral", **arguments: Any) -> DecoderLM:
-    """Three layers of width 32; initialised wider than usual, so that every part changes the logits."""
+    """Three layers of width 32, for two domains; drawn wider than usual, so that every part changes the logits."""
+    options = arguments.pop("options", {})
+    takes = all_methods()[method].options if method else {}
+    needed = {"num_domains": 2} if "num_domains" in takes else {}
     defaults = {
+        "options": needed | options,
         "vocab_size": 64,
         "width": 32,
         "num_layers": 3,

@@ -216,7 +216,7 @@ def _moe(config: Mapping[str, Any]) -> MoE:
         kernel=config["kernel"],
         **config["options"],
     )
-    if not moe.causal:
+    if not moe.causal_evaluation:
         raise ValueError(
             f"{name} is not causal: later tokens change what earlier ones get, so a language model trained with it "
             "reads its own targets and cannot generate; choose a causal method such as mixtral"

@@ -18,9 +18,9 @@ class ModelCounts:
 
     Attributes:
         total: all of them; equals the sum of `numel` over `model.parameters()`.
-        active: those that one token uses: all but the experts it does not visit.
+        active: those that one token uses: all but the experts it does not visit and what only losses use.
         embedding: input and output embeddings (once when tied); part of both numbers above.
-        components: total by component: embedding, attention, norm, router, experts, shared, dense.
+        components: total by component: embedding, attention, norm, router, experts, shared, loss, dense.
         active_components: active by component.
     """
 
@@ -35,17 +35,14 @@ def count_parameters(model: DecoderLM) -> ModelCounts:
     """Count the parameters of `model`, exactly."""
     tied = model.head.weight is model.embedding.weight
     embedding = model.embedding.weight.numel() * (1 if tied else 2)
-    components = {"embedding": embedding, "norm": _numel(model.norm)}
-    unused = 0
+    components, active = {"embedding": embedding}, {"embedding": embedding}
+    _add(components, {"norm": _numel(model.norm)})
+    _add(active, {"norm": _numel(model.norm)})
     for block in model.blocks:
-        for name, count in _block_components(block).items():
-            components[name] = components.get(name, 0) + count
-        if block.moe is not None:
-            counts = block.moe.parameter_counts()
-            unused += counts.total - counts.active
-    total = sum(components.values())
-    active = {name: count - (unused if name == "experts" else 0) for name, count in components.items()}
-    return ModelCounts(total, total - unused, embedding, components, active)
+        found = _block_components(block)
+        _add(components, found)
+        _add(active, found | _active_experts(block))
+    return ModelCounts(sum(components.values()), sum(active.values()), embedding, components, active)
 
 
 def _block_components(block: Block) -> dict[str, int]:
@@ -56,9 +53,21 @@ def _block_components(block: Block) -> dict[str, int]:
     if block.ffn is not None:
         return components | {"dense": _numel(block.ffn)}
     assert block.moe is not None
+    counts, experts = block.moe.parameter_counts(), _numel(block.moe.experts)
+    loss = counts.total - counts.router - counts.shared - experts
+    return components | {"router": counts.router, "experts": experts, "shared": counts.shared, "loss": loss}
+
+
+def _active_experts(block: Block) -> dict[str, int]:
+    if block.moe is None:
+        return {}
     counts = block.moe.parameter_counts()
-    experts = counts.total - counts.router - counts.shared
-    return components | {"router": counts.router, "experts": experts, "shared": counts.shared}
+    return {"experts": counts.active - counts.router - counts.shared, "loss": 0}
+
+
+def _add(totals: dict[str, int], more: dict[str, int]) -> None:
+    for name, count in more.items():
+        totals[name] = totals.get(name, 0) + count
 
 
 def count_flops_per_token(model: DecoderLM, length: int) -> int:

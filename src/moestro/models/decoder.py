@@ -195,7 +195,7 @@ def _attention_mask(tokens: Tensor, start: int, valid: Tensor | None) -> Tensor 
     causal = torch.ones(length, start + length, dtype=torch.bool, device=tokens.device).tril(start)[None, None]
     if valid is None:
         return causal
-    # a padded query sees at least itself: a row without any key would be NaN
+    # a padded query sees at least itself: a row without any key is NaN in some kernels
     itself = torch.eye(length, dtype=torch.bool, device=tokens.device)
     return causal & (valid[:, None, None, :] | itself)
 

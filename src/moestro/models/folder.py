@@ -99,7 +99,6 @@ def _config(model: DecoderLM, choice: Choice, eos: int | None) -> dict[str, Any]
         "dtype": dtype,
         **_special_tokens(eos),
         **layout.config(model),
-        **choice.extra,
         "moestro": ours,
     }
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from moestro.models.decoder import DecoderLM
 from moestro.models.layouts.deepseek_v3 import DEEPSEEK_V3
@@ -16,48 +15,28 @@ from moestro.models.layouts.qwen3_moe import QWEN3_MOE
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A layout that may fit a method, and what config.json must say besides for the routing to be the method's."""
-
-    layout: Layout
-    extra: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Choice:
     """The layout chosen and, in words, why."""
 
     layout: Layout
-    extra: dict[str, Any]
     reason: str
 
 
-RENORMALISED = {"norm_topk_prob": True}
-RAW = {"norm_topk_prob": False}
-
-# in order of preference; None is the dense model
-CANDIDATES: dict[str | None, tuple[Candidate, ...]] = {
-    None: (Candidate(LLAMA), Candidate(QWEN3), Candidate(DEEPSEEK_V3)),
-    "mixtral": (Candidate(MIXTRAL), Candidate(QWEN3_MOE, RENORMALISED), Candidate(OLMOE, RENORMALISED)),
-    "qwen3": (Candidate(QWEN3_MOE, RENORMALISED), Candidate(MIXTRAL), Candidate(OLMOE, RENORMALISED)),
-    "olmoe": (Candidate(OLMOE, RAW), Candidate(QWEN3_MOE, RAW)),
-    "deepseek-v3": (Candidate(DEEPSEEK_V3),),
-}
-
-LAYOUTS = {layout.model_type: layout for layout in (MIXTRAL, QWEN3_MOE, OLMOE, DEEPSEEK_V3, LLAMA, QWEN3, OWN)}
+DENSE = (LLAMA, QWEN3, DEEPSEEK_V3)
+SPARSE = (MIXTRAL, QWEN3_MOE, OLMOE, DEEPSEEK_V3)  # in order of preference
+LAYOUTS = {layout.model_type: layout for layout in (*DENSE, *SPARSE, OWN)}
 
 
 def choose_layout(model: DecoderLM) -> Choice:
     """The first stock layout that computes exactly `model`, else our own, with the reason."""
-    method = model.config["method"]
+    sparse = any(block.moe is not None for block in model.blocks)
     reasons = []
-    for candidate in CANDIDATES.get(method, ()):
-        misfit = candidate.layout.misfit(model) or _unmapped(candidate.layout, model)
+    for layout in SPARSE if sparse else DENSE:
+        misfit = layout.misfit(model) or _unmapped(layout, model)
         if misfit is None:
-            return Choice(candidate.layout, candidate.extra, f"{candidate.layout.name} computes exactly this model")
-        reasons.append(f"{candidate.layout.name} does not fit: {misfit}")
-    why = "; ".join(reasons) or f"no stock architecture routes like {method}"
-    return Choice(OWN, {}, why)
+            return Choice(layout, f"{layout.name} computes exactly this model")
+        reasons.append(f"not {layout.name}: {misfit}")
+    return Choice(OWN, "; ".join(reasons))
 
 
 def _unmapped(layout: Layout, model: DecoderLM) -> str | None:

@@ -17,6 +17,7 @@ from moestro.models.layouts.common import (
 )
 from moestro.models.layouts.fits import dense_layers, latent, stock_feed_forward
 from moestro.models.layouts.layout import Layout
+from moestro.models.layouts.routing import biased_sigmoid_top_k
 from moestro.models.layouts.rules import Rule, same
 
 
@@ -32,14 +33,16 @@ def _dense_layers_first(model: DecoderLM) -> str | None:
 
 
 def _routing(model: DecoderLM) -> str | None:
-    for block in model.blocks:
-        if block.moe is None:
-            continue
-        if not isinstance(block.moe.shared, FeedForward):
-            return "it has shared experts without a gate; pass shared_experts >= 1"
-        if model.config["num_experts"] < 2 * block.moe.options["num_groups"]:
-            return "its groups are scored by their two best experts, so each needs two"
-    return None
+    moes = [block.moe for block in model.blocks if block.moe is not None]
+    if not moes:
+        return None
+    routing = biased_sigmoid_top_k(model)
+    if routing is None:
+        return "DeepSeek-V3 routes by biased sigmoid scores and top-k"
+    if model.config["num_experts"] < 2 * routing.num_groups:
+        return "its groups are scored by their two best experts, so each needs two"
+    plain = all(isinstance(moe.shared, FeedForward) for moe in moes)
+    return None if plain else "it has shared experts without a gate; pass shared_experts >= 1"
 
 
 def rules(model: DecoderLM) -> list[Rule]:
@@ -83,14 +86,17 @@ def _routing_config(model: DecoderLM) -> dict[str, Any]:
     moe = next((block.moe for block in model.blocks if block.moe is not None), None)
     if moe is None:
         return {}
+    routing = biased_sigmoid_top_k(model)
+    assert routing is not None
+    assert isinstance(moe.shared, FeedForward)
     return {
         "moe_intermediate_size": model.config["expert_hidden"],
         "n_routed_experts": model.config["num_experts"],
-        "num_experts_per_tok": int(moe.top_k),
-        "n_shared_experts": moe.options["shared_experts"],
-        "n_group": moe.options["num_groups"],
-        "topk_group": moe.options["groups_kept"],
-        "routed_scaling_factor": moe.options["route_scale"],
+        "num_experts_per_tok": routing.top_k,
+        "n_shared_experts": moe.shared.hidden // model.config["expert_hidden"],
+        "n_group": routing.num_groups,
+        "topk_group": routing.groups_kept,
+        "routed_scaling_factor": routing.scale,
         "norm_topk_prob": True,
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",

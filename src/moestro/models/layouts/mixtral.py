@@ -14,6 +14,7 @@ from moestro.models.layouts.common import (
 )
 from moestro.models.layouts.fits import dense_layers, grouped_query, qk_norm_is, stock_feed_forward
 from moestro.models.layouts.layout import Layout
+from moestro.models.layouts.routing import SoftmaxTopK, softmax_top_k
 from moestro.models.layouts.rules import Rule, same
 
 EXPERT_NAMES = {"gate": "w1", "up": "w3", "down": "w2"}
@@ -25,7 +26,13 @@ def misfit(model: DecoderLM) -> str | None:
         or grouped_query(model)
         or qk_norm_is(model, "none", "Mixtral")
         or (f"Mixtral has no dense layers but layers {dense_layers(model)} are" if dense_layers(model) else None)
+        or (None if _routing(model) else "Mixtral routes by softmax and top-k, weights normalised to one")
     )
+
+
+def _routing(model: DecoderLM) -> SoftmaxTopK | None:
+    routing = softmax_top_k(model)
+    return routing if routing is not None and routing.normalised else None
 
 
 def rules(model: DecoderLM) -> list[Rule]:
@@ -40,13 +47,13 @@ def rules(model: DecoderLM) -> list[Rule]:
 
 
 def config(model: DecoderLM) -> dict[str, Any]:
-    moe = model.blocks[0].moe
-    assert moe is not None
+    routing = _routing(model)
+    assert routing is not None
     return common_config(model) | {
         "intermediate_size": model.config["expert_hidden"],
         "head_dim": model.config["head_dim"],
         "num_local_experts": model.config["num_experts"],
-        "num_experts_per_tok": int(moe.top_k),
+        "num_experts_per_tok": routing.top_k,
         "sliding_window": None,
         "router_jitter_noise": 0.0,
     }

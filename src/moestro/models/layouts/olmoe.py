@@ -15,6 +15,7 @@ from moestro.models.layouts.fits import (
 )
 from moestro.models.layouts.layout import Layout
 from moestro.models.layouts.qwen3_moe import rules
+from moestro.models.layouts.routing import softmax_top_k
 
 
 def misfit(model: DecoderLM) -> str | None:
@@ -24,16 +25,18 @@ def misfit(model: DecoderLM) -> str | None:
         or qk_norm_is(model, "full", "OLMoE")
         or heads_fill_width(model)
         or (f"OLMoE has no dense layers but layers {dense_layers(model)} are" if dense_layers(model) else None)
+        or (None if softmax_top_k(model) else "OLMoE routes by softmax and top-k")
     )
 
 
 def config(model: DecoderLM) -> dict[str, Any]:
-    moe = model.blocks[0].moe
-    assert moe is not None
+    routing = softmax_top_k(model)
+    assert routing is not None
     return common_config(model) | {
         "intermediate_size": model.config["expert_hidden"],
         "num_experts": model.config["num_experts"],
-        "num_experts_per_tok": int(moe.top_k),
+        "num_experts_per_tok": routing.top_k,
+        "norm_topk_prob": routing.normalised,
         "clip_qkv": None,
     }
 

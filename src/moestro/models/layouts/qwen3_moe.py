@@ -16,11 +16,17 @@ from moestro.models.layouts.common import (
 )
 from moestro.models.layouts.fits import dense_layers, grouped_query, qk_norm_is, stock_feed_forward
 from moestro.models.layouts.layout import Layout
+from moestro.models.layouts.routing import softmax_top_k
 from moestro.models.layouts.rules import Rule, same
 
 
 def misfit(model: DecoderLM) -> str | None:
-    return stock_feed_forward(model) or grouped_query(model) or qk_norm_is(model, "head", "Qwen3-MoE")
+    return (
+        stock_feed_forward(model)
+        or grouped_query(model)
+        or qk_norm_is(model, "head", "Qwen3-MoE")
+        or (None if softmax_top_k(model) else "Qwen3-MoE routes by softmax and top-k")
+    )
 
 
 def rules(model: DecoderLM) -> list[Rule]:
@@ -38,12 +44,14 @@ def rules(model: DecoderLM) -> list[Rule]:
 
 
 def config(model: DecoderLM) -> dict[str, Any]:
-    moe = next(block.moe for block in model.blocks if block.moe is not None)
+    routing = softmax_top_k(model)
+    assert routing is not None
     return common_config(model) | {
         "head_dim": model.config["head_dim"],
         "moe_intermediate_size": model.config["expert_hidden"],
         "num_experts": model.config["num_experts"],
-        "num_experts_per_tok": int(moe.top_k),
+        "num_experts_per_tok": routing.top_k,
+        "norm_topk_prob": routing.normalised,
         "mlp_only_layers": dense_layers(model),
         "decoder_sparse_step": 1,
         "use_sliding_window": False,
