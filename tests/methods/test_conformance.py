@@ -34,6 +34,8 @@ def sample_options(method: Method, num_experts: int) -> dict[str, object]:
             options[name] = domains(num_experts)
         elif name == "top_k" and option.default is not None:
             options[name] = min(option.default, num_experts, 2)
+        elif name == "capacity_factor" and method.family == "expert-choice":
+            options[name] = min(option.default, float(num_experts))
     return options
 
 
@@ -186,6 +188,22 @@ def test_padding_changes_nothing(method: Method) -> None:
     assert not padded[~valid].any()
     fields = {name: getattr(inner, name)[valid] for name in ("token_ids", "sequence", "position", "domain")}
     assert_close(padded[valid], moe(x[valid], Context(**fields)), rtol=1e-12, atol=1e-12)
+
+
+@each_method
+def test_padding_may_hold_anything(method: Method) -> None:
+    moe = make(method)
+    log = RoutingLog(moe)
+    x = torch.randn(9, 6, dtype=torch.float64)
+    valid = torch.arange(9) % 3 > 0
+    x[~valid] = torch.nan
+    x.requires_grad_()
+    with log.recording():
+        y = moe(x, context(9, valid=valid))
+    (y.sum() + log.auxiliary_loss()).backward()
+    assert y.isfinite().all()
+    for name, parameter in moe.named_parameters():
+        assert parameter.grad is None or parameter.grad.isfinite().all(), name
 
 
 @each_method

@@ -93,6 +93,8 @@ class MoE(nn.Module):
 
     def run(self, x: Tensor, decision: Decision) -> Tensor:
         """Only carry out a decision, this call's or a stored one. Shapes: x `[tokens, width]` -> the same."""
+        if "valid" in decision.notes:
+            x = x.masked_fill(~decision.notes["valid"].unsqueeze(1), 0)  # padding may hold anything, also NaN
         y = self.experts.run(x, decision.routing)
         if self.shared is None:
             return y

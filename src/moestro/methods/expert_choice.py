@@ -19,5 +19,4 @@ def expert_choice(experts: Experts, *, capacity_factor: float = 2.0) -> MoE:
 
     The group is all tokens of the call; weights are the raw softmax over experts; no loss is needed.
     """
-    router = ExpertChoice(Linear(experts.width, experts.num_experts), min(capacity_factor, experts.num_experts))
-    return MoE(router, experts)
+    return MoE(ExpertChoice(Linear(experts.width, experts.num_experts), capacity_factor), experts)

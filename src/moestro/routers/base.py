@@ -42,6 +42,8 @@ class Router(nn.Module, ABC):
         """
         context = context or Context()
         context.check(len(x))
+        if context.valid is not None:
+            x = x.masked_fill(~context.valid.unsqueeze(1), 0)  # padding may hold anything, also NaN
         with torch.autocast(x.device.type, enabled=False):
             return self.decide(x if x.dtype == torch.float64 else x.float(), context)
 
