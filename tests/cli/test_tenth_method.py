@@ -2,8 +2,12 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 METHOD = '''
 from moestro.balance import LoadTimesProbability
@@ -33,26 +37,40 @@ assert main(words) == 0
 """
 
 
-def test_a_plug_in_is_found_shown_and_trained(tmp_path):
+@pytest.fixture
+def plugged(tmp_path: Path) -> dict[str, str]:
+    """An environment in which the package of the tenth method is installed."""
     packages = tmp_path / "packages"
     info = packages / "moestro_tenth-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: moestro-tenth\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[moestro.methods]\ntenth = moestro_tenth\n")
     (packages / "moestro_tenth.py").write_text(METHOD)
-    (tmp_path / "fox.txt").write_text("a quick brown fox jumps over a lazy dog. " * 60)
+    return {**os.environ, "PYTHONPATH": str(packages), "MOESTRO_CACHE": str(tmp_path / "cache")}
+
+
+def run(arguments: list[str], cwd: Path, environment: dict[str, str]) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(packages), "MOESTRO_CACHE": str(tmp_path / "cache")},
-        capture_output=True,
-        text=True,
+        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr
-    methods, shown, trained = done.stdout.split("====\n")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_plug_in_is_found_shown_and_trained(tmp_path: Path, plugged: dict[str, str]) -> None:
+    (tmp_path / "fox.txt").write_text("a quick brown fox jumps over a lazy dog. " * 60)
+    methods, shown, trained = run(["-c", SCRIPT], tmp_path, plugged).split("====\n")
     row = next(row for row in json.loads(methods) if row["name"] == "tenth")
     assert (row["paper"], row["options"]["top_k"]["default"]) == ("Nobody 2031", 3)
     assert shown.startswith("tenth  Nobody 2031, arXiv:3101.00001  moestro_tenth.py")
     for line in ("select: TopK(k=2)", "weigh: Renormalised(", "balance = 0.5 * LoadTimesProbability", "(here 2)"):
         assert line in shown
     assert json.loads(trained)["method"] == "tenth"
+
+
+def test_a_plug_in_is_held_to_the_conformance_tests(plugged: dict[str, str]) -> None:
+    root = Path(__file__).parents[2]
+    tests = ["tests/methods/test_conformance.py", "-k", "tenth", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    passed = re.search(r"(\d+) passed", run(["-m", "pytest", "-v", *tests], root, plugged))
+    assert passed
+    assert int(passed[1]) > 90
