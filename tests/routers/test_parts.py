@@ -158,7 +158,7 @@ def test_expert_choice_fills_every_expert_evenly() -> None:
     router = ExpertChoice(Linear(4, 3), 1.5)
     decision = router(torch.randn(10, 4))
     assert decision.routing.load().tolist() == [5, 5, 5]
-    assert [router.slots(n) for n in (0, 1, 2, 10)] == [0, 1, 1, 5]
+    assert [router.slots(n, 3) for n in (0, 1, 2, 10)] == [0, 1, 1, 5]
     with pytest.raises(ValueError, match=r"capacity_factor=4\.0 must be above 0 and at most the 3 experts"):
         ExpertChoice(Linear(4, 3), 4.0)
 
