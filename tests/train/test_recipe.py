@@ -93,6 +93,10 @@ def test_unknown_methods_and_options_get_a_suggestion(recipe):
         recipe("model:\n  method: mixtrall\n")
     with pytest.raises(RecipeError, match=r"r\.yaml:4: mixtral has no option 'topk'; did you mean top_k\?"):
         recipe("model:\n  method: mixtral\n  options:\n    topk: 2\n")
+    with pytest.raises(RecipeError, match=r"r\.yaml:4: mixtral option top_k='two': .*expected int"):
+        recipe("model:\n  method: mixtral\n  options:\n    top_k: two\n")
+    with pytest.raises(RecipeError, match=r"^--model\.options\.topk: mixtral has no option"):
+        recipe("model:\n  method: mixtral\n", {"model": {"options": {"topk": 2}}})
 
 
 def test_a_missing_file_lists_what_is_shipped(tmp_path):

@@ -129,6 +129,16 @@ def test_two_threads_repeat_bit_for_bit_too(tmp_path):
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
 
 
+@pytest.mark.nightly  # the compiler takes half a minute
+@pytest.mark.filterwarnings("ignore")  # the compiler warns of itself
+def test_a_compiled_model_learns_the_same(tmp_path):
+    for name, compiled in (("eager", False), ("compiled", True)):
+        train_run(tiny_recipe(tmp_path / "text.txt", compile=compiled), tmp_path / name, progress=Silent())
+    eager, compiled = losses(tmp_path / "eager"), losses(tmp_path / "compiled")
+    assert [row[1] for row in compiled] == pytest.approx([row[1] for row in eager], rel=1e-4)
+    assert (tmp_path / "compiled" / "routing.jsonl").stat().st_size > 0
+
+
 def test_the_caller_finds_torch_as_it_was(tmp_path):
     before = torch.get_rng_state()
     train_run(tiny_recipe(tmp_path / "text.txt", threads=2), tmp_path / "run", progress=Silent())

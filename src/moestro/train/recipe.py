@@ -89,7 +89,7 @@ class TrainSection(Section):
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     threads: int = Field(0, ge=0, description="CPU threads; 0 = OMP_NUM_THREADS if set, else every core")
-    compile: bool = Field(False, description="torch.compile the model")
+    compile: bool = Field(False, description="torch.compile all but the MoE layers")
     evaluate_every: int = Field(100, ge=1, description="steps between evaluations")
     evaluation_batches: int = Field(20, ge=1, description="validation batches of an evaluation on the way")
     final_evaluation_batches: int = Field(0, ge=0, description="validation batches of the last evaluation; 0 = all")
@@ -224,8 +224,12 @@ def _check_method(model: ModelSection, places: _Places) -> None:
         hint = did_you_mean(model.method, methods) or f"; there are {', '.join(methods)}"
         raise RecipeError(f"{places.of(('model', 'method'))}: unknown method {model.method!r}{hint}")
     known = methods[model.method].options
-    for name in model.options:
+    for name, value in model.options.items():
+        where = places.of(("model", "options", name))
         if name not in known:
             hint = did_you_mean(name, known) or f"; it takes {', '.join(known) or 'none'}"
-            where = places.of(("model", "options", name))
             raise RecipeError(f"{where}: {model.method} has no option {name!r}{hint}")
+        try:
+            known[name].parse(value)
+        except ValueError as error:
+            raise RecipeError(f"{where}: {model.method} {error}") from None

@@ -147,7 +147,6 @@ class Training:
             ) from None
 
     def _stepper(self) -> Stepper:
-        compiled: Any = torch.compile(self.model) if self.settings.compile else None
         return Stepper(
             self.model,
             self.optimiser,
@@ -155,7 +154,7 @@ class Training:
             self.log,
             accumulate=self.settings.accumulate,
             clip=self.settings.clip,
-            compiled=compiled,
+            compiled=compile_around_experts(self.model) if self.settings.compile else None,
         )
 
     def _one_step(self, stepper: Stepper, learning_rate: float) -> None:
@@ -259,6 +258,14 @@ class Training:
             for name in names:
                 setattr(self, name, stack.enter_context(JsonLines(self.folder / f"{name}.jsonl", self.step)))
             yield
+
+
+def compile_around_experts(model: DecoderLM) -> Any:
+    """The model compiled except for its MoE layers: how many rows an expert gets is known only as it runs."""
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
+    return torch.compile(model)
 
 
 def seed_everything(seed: int) -> None:
