@@ -67,7 +67,8 @@ def _active_experts(block: Block) -> dict[str, int]:
 
 def _add(totals: dict[str, int], more: dict[str, int]) -> None:
     for name, count in more.items():
-        totals[name] = totals.get(name, 0) + count
+        if count:
+            totals[name] = totals.get(name, 0) + count
 
 
 def count_flops_per_token(model: DecoderLM, length: int) -> int:
