@@ -93,10 +93,15 @@ def _curvature(u: Array, weight: Array, p: Array, couple: Array, ridge: Array) -
     """Negative Hessian, `[(classes - 1) * features]` squared: one Gram matrix for each pair of classes."""
     free = p.shape[1]
     first, second = upper_indices(free)
-    pair = -p[:, first] * p[:, second]
-    pair[:, first == second] += p
-    pair *= weight[:, None]
-    gram = weighted_gram(u, pair)
+    same = first == second
+
+    def pairs(rows: slice) -> Array:
+        block = p[rows]
+        pair = -block[:, first] * block[:, second]
+        pair[:, same] += block
+        return pair * weight[rows, None]
+
+    gram = weighted_gram(u, pairs)
     blocks = np.empty((free, free, u.shape[1], u.shape[1]))
     blocks[first, second] = gram
     blocks[second, first] = gram

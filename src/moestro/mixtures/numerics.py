@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -48,16 +49,16 @@ def upper_indices(size: int) -> tuple[Array, Array]:
     return rows, columns
 
 
-def weighted_gram(z: Array, weights: Array) -> Array:
+def weighted_gram(z: Array, weights: Array | Callable[[slice], Array]) -> Array:
     """All matrices `sum_t weights[t, k] z_t z_tᵀ` in one pass.
 
     Forms the p(p+1)/2 distinct products of a block of rows once and multiplies them with every column of weights,
     so that k Gram matrices cost one matrix product.
-    Shapes: z `[rows, p]`, weights `[rows, k]` -> `[k, p, p]`.
+    Shapes: z `[rows, p]`, weights `[rows, k]`, or a function that gives them for a slice of rows -> `[k, p, p]`.
     """
     num_rows, p = z.shape
     upper = upper_indices(p)
-    packed = np.zeros((weights.shape[1], len(upper[0])))
+    packed: Any = 0.0
     products = np.empty((min(num_rows, _ROWS_PER_BLOCK), len(upper[0])))
     for start in range(0, num_rows, _ROWS_PER_BLOCK):
         block = z[start : start + _ROWS_PER_BLOCK]
@@ -66,8 +67,9 @@ def weighted_gram(z: Array, weights: Array) -> Array:
         for column in range(p):
             np.multiply(block[:, column:], block[:, column, None], out=rows[:, at : at + p - column])
             at += p - column
-        packed += weights[start : start + _ROWS_PER_BLOCK].T @ rows
-    gram = np.empty((weights.shape[1], p, p))
+        here = slice(start, start + _ROWS_PER_BLOCK)
+        packed = packed + (weights(here) if callable(weights) else weights[here]).T @ rows
+    gram = np.empty((len(packed), p, p))
     gram[:, upper[0], upper[1]] = packed
     gram[:, upper[1], upper[0]] = packed
     return gram

@@ -43,11 +43,11 @@ class MixtureOfExpertsRegressor(RegressorMixin, MixtureOfExperts):
         n_jobs: processes for the starts.
 
     Attributes: `gate_coef_` `[experts, features]`, `gate_intercept_` (last row 0; `node_coef_`, `node_intercept_`
-    per level for a tree; `gate_means_`, `gate_covariances_` for Gaussian gates), `weights_` `[experts]` (mean gate),
-    `expert_coef_` `[experts, outputs, features]`, `expert_intercept_` `[experts, outputs]` and the scale, shape or
-    degrees of freedom of the family (`expert_variance_`, `expert_covariance_`, `expert_scale_`, `expert_dof_`,
-    `expert_shape_`), `loglik_`, `loglik_path_`, `lower_bound_`, `n_parameters_`, `n_iter_`, `converged_`. Under a
-    Gaussian gate log-likelihoods are those of inputs and targets together.
+    per level for a tree; `gate_means_`, `gate_covariances_` for Gaussian gates), `weights_` `[experts]` (mean
+    gate), `expert_coef_` `[experts, outputs, features]`, `expert_intercept_` `[experts, outputs]` and the scale,
+    shape or degrees of freedom of the family (`expert_variance_`, `expert_covariance_`, `expert_scale_`,
+    `expert_dof_`, `expert_shape_`), `loglik_`, `loglik_path_`, `lower_bound_`, `n_parameters_`, `n_iter_`,
+    `converged_`. Under a Gaussian gate log-likelihoods are those of inputs and targets together.
     """
 
     _experts = REGRESSION_EXPERTS

@@ -45,10 +45,9 @@ class MultinomialExpert(Expert):
         couple, weights = self._prior(rows, num_experts)
         blank = np.zeros((num_experts, classes - 1, rows.z.shape[1]))
         coef = blank if params is None else params["coef"]
-        steps = 25 if params is None else effort.steps
         fitted = [
             logit.fit_logit(
-                rows.z, rows.y, mass[:, i], coef[i], couple, weights, steps, effort.solver, effort.enough
+                rows.z, rows.y, mass[:, i], coef[i], couple, weights, effort.steps, effort.solver, effort.enough
             )
             for i in range(num_experts)
         ]

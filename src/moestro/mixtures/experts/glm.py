@@ -49,12 +49,11 @@ class LogLinearExpert(Expert):
             coef = np.zeros((mass.shape[1], rows.z.shape[1], 1))
             average = mass.T @ y[:, 0] / np.maximum(total, 1e-300)
             coef[:, 0, 0] = np.log(average + 0.1 * rows.weight @ y[:, 0] / rows.total + 1e-8)
-            steps = 25
         else:
-            coef, steps = params["coef"], effort.steps
+            coef = params["coef"]
         penalty = self._penalty(rows)
         value, eta = self._objective(coef, rows, mass, penalty)
-        for _ in range(steps):
+        for _ in range(effort.steps):
             weight = np.maximum(self._working_weight(eta), 1e-10)
             response = z_times(rows.z, coef) + self._working_slope(eta, y) / weight
             wanted = least_squares(rows.z, response[:, :, None], mass * weight, penalty)

@@ -96,8 +96,9 @@ ALGORITHMS: dict[str, Algorithm] = {
 
 def first_mixture(mixture: Mixture, rows: Rows, share: Array, branching: tuple[int, ...]) -> Mixture:
     """Gate and experts fitted to the shares of a start."""
-    gate_params = mixture.gate.start(rows, share, branching)
-    expert_params = mixture.expert.m_step(rows, rows.weight[:, None] * share, None, Effort())
+    effort = Effort(steps=25, enough=1e-6 * rows.total)
+    gate_params = mixture.gate.start(rows, share, branching, effort)
+    expert_params = mixture.expert.m_step(rows, rows.weight[:, None] * share, None, effort)
     return replace(mixture, gate_params=gate_params, expert_params=expert_params)
 
 

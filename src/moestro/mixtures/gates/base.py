@@ -38,7 +38,7 @@ class Gate(BaseEstimator, ABC):
         return with_intercept(x)
 
     @abstractmethod
-    def start(self, rows: Rows, share: Array, branching: tuple[int, ...]) -> Params:
+    def start(self, rows: Rows, share: Array, branching: tuple[int, ...], effort: Effort) -> Params:
         """First parameters from soft labels `[rows, experts]`."""
 
     @abstractmethod

@@ -25,8 +25,8 @@ class ConstantGate(Gate):
     def __init__(self, equal: bool = False):
         self.equal = equal
 
-    def start(self, rows: Rows, share: Array, branching: tuple[int, ...]) -> Params:
-        return self.m_step(rows, share, {}, Effort())
+    def start(self, rows: Rows, share: Array, branching: tuple[int, ...], effort: Effort) -> Params:
+        return self.m_step(rows, share, {}, effort)
 
     def m_step(self, rows: Rows, share: Array, params: Params, effort: Effort) -> Params:
         num_experts = share.shape[1]

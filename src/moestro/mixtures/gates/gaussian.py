@@ -45,9 +45,9 @@ class GaussianGate(Gate):
     def design(self, x: Array) -> Array:
         return x
 
-    def start(self, rows: Rows, share: Array, branching: tuple[int, ...]) -> Params:
+    def start(self, rows: Rows, share: Array, branching: tuple[int, ...], effort: Effort) -> Params:
         shapes.check_kind(self.covariance)
-        return self.m_step(rows, share, {}, Effort())
+        return self.m_step(rows, share, {}, effort)
 
     def m_step(self, rows: Rows, share: Array, params: Params, effort: Effort) -> Params:
         weighted = rows.weight[:, None] * share

@@ -35,10 +35,10 @@ class SoftmaxGate(Gate):
     def __init__(self, alpha: float = 1e-6):
         self.alpha = alpha
 
-    def start(self, rows: Rows, share: Array, branching: tuple[int, ...]) -> Params:
+    def start(self, rows: Rows, share: Array, branching: tuple[int, ...], effort: Effort) -> Params:
         nodes = np.cumprod((1, *branching))
         blank = [np.zeros((nodes[i], b - 1, rows.u.shape[1])) for i, b in enumerate(branching)]
-        return self._fit(rows, share, {"coef": blank}, Effort(steps=25), max(self.alpha, _FIRST_RIDGE))
+        return self._fit(rows, share, {"coef": blank}, effort, max(self.alpha, _FIRST_RIDGE))
 
     def m_step(self, rows: Rows, share: Array, params: Params, effort: Effort) -> Params:
         return self._fit(rows, share, params, effort, self.alpha)
