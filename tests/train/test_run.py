@@ -158,7 +158,6 @@ def test_the_first_lines_state_what_decides_the_run(tmp_path):
     spaced = [f"{result[key]:,}".replace(",", " ") for key in ("total_parameters", "active_parameters")]
     assert f"parameters: {spaced[0]} total, {spaced[1]} active" in text
     assert "LossFreeBias(rate=0.002)" in text
-    assert told.lines[-1] == f"report: {tmp_path / 'run' / 'report.html'}"
 
 
 def test_bits_per_byte_of_a_model_that_knows_nothing_is_eight(tmp_path):

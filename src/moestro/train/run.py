@@ -45,7 +45,7 @@ def train_run(
         overwrite: replace the run in `out`.
         progress: is told what happens; None = a live display on a terminal, plain lines elsewhere.
 
-    Returns: the content of result.json; the twin's under "twin".
+    Returns: the content of result.json; the twin's under "twin". The report is `out/report.html`.
 
     Raises:
         ValueError: the recipe, the text or the folder cannot be used.
@@ -62,7 +62,7 @@ def train_run(
         with _nothing_half_begun(out, resume):
             claim_folder(out, recipe, resume=resume)
             result = _train(around, model, out)
-    progress.say(f"report: {write_report(out)}")
+    write_report(out)
     return result
 
 
