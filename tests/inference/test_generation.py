@@ -5,6 +5,7 @@ import torch
 from oracles.tiny_models import CAUSAL_METHODS, tiny_model, tokens_for
 
 from moestro.inference import generate
+from moestro.models import build_language_model
 
 DROPLESS = [name for name in (None, *CAUSAL_METHODS) if name is None or tiny_model(name).batch_independent]
 
@@ -65,3 +66,22 @@ def test_stop_tokens_end_the_text_and_are_not_returned():
 def test_impossible_requests_are_refused_at_once(prompt, count, message):
     with pytest.raises(ValueError, match=message):
         generate(tiny_model(), prompt, count)
+
+
+@pytest.mark.parametrize("table", ["bigram", "previous"])
+def test_routers_that_look_back_generate_without_the_cache(table: str) -> None:
+    options = {"table": table, "vocab_size": 32}
+    model = build_language_model(
+        vocab_size=32,
+        width=16,
+        num_layers=2,
+        num_heads=2,
+        method="hash-layers",
+        options=options,
+        max_length=64,
+        seed=0,
+    )
+    assert not model.cacheable
+    prompt = torch.arange(8)
+    cached = list(generate(model, prompt, max_new_tokens=20, cache=True))
+    assert cached == list(generate(model, prompt, max_new_tokens=20, cache=False))

@@ -15,7 +15,9 @@ def tiny_model(method: str | None = "mixtral", **arguments: Any) -> DecoderLM:
     """Three layers of width 32, for two domains; drawn wider than usual, so that every part changes the logits."""
     options = arguments.pop("options", {})
     takes = all_methods()[method].options if method else {}
-    needed = {"num_domains": 2} if "num_domains" in takes else {}
+    needed: dict[str, Any] = {"num_domains": 2} if "num_domains" in takes else {}
+    if "top_k" in takes and (takes["top_k"].default or 0) > arguments.get("num_experts", 8):
+        needed["top_k"] = 2
     defaults = {
         "options": needed | options,
         "vocab_size": 64,

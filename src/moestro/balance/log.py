@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ class RoutingLog:
         self.decisions: dict[str, list[Decision]] = {name: [] for name in self.layers}
         self._measured: dict[tuple[str, int], Tensor] = {}
         self._open = self._recorded = False
+        self._computed: dict[str, list[tuple[float, Tensor]]] | None = None
         self._hooks = [moe.router.register_forward_hook(self._hook(name, moe)) for name, moe in self._moes.items()]
 
     @contextmanager
@@ -54,6 +56,7 @@ class RoutingLog:
         """Record what routers decide inside the block; forgets the recording before."""
         self.decisions = {name: [] for name in self.layers}
         self._open = self._recorded = True
+        self._computed = None
         try:
             yield self
         finally:
@@ -65,23 +68,20 @@ class RoutingLog:
         Raises:
             ValueError: nothing was recorded.
         """
-        terms = [
-            coefficient * loss(decision)
-            for name, moe in self._moes.items()
-            for coefficient, loss in moe.losses.values()
-            if coefficient
-            for decision in self._recording()[name]
-        ]
+        terms = [coefficient * value for coefficient, value in chain(*self._values().values()) if coefficient]
         return torch.stack(terms).sum() if terms else torch.zeros((), device=self._device)
 
     def losses(self) -> dict[str, Tensor]:
-        """Each named loss without its coefficient and without gradient, averaged over layers and calls."""
-        values: dict[str, list[Tensor]] = {}
-        with torch.no_grad():
-            for name, moe in self._moes.items():
-                for title, (_, loss) in moe.losses.items():
-                    values.setdefault(title, []).extend(loss(decision) for decision in self._recording()[name])
-        return {title: torch.stack(each).mean() for title, each in values.items() if each}
+        """Each named loss without its coefficient and without gradient, averaged over layers and calls.
+
+        Raises:
+            ValueError: nothing was recorded.
+        """
+        return {
+            title: torch.stack([value.detach() for _, value in each]).mean()
+            for title, each in self._values().items()
+            if each
+        }
 
     def attach(self, y: Tensor) -> Tensor:
         """`y` itself; backward through it also adds the gradient of `auxiliary_loss`.
@@ -128,10 +128,21 @@ class RoutingLog:
 
         return record
 
-    def _recording(self) -> dict[str, list[Decision]]:
+    def _values(self) -> dict[str, list[tuple[float, Tensor]]]:
+        """Coefficient and value of each named loss per layer and call, computed once per recording.
+
+        A loss whose coefficient is 0 is measured without gradient.
+        """
         if not self._recorded:
             raise ValueError("nothing was recorded; run the model inside `with log.recording():` first")
-        return self.decisions
+        if self._computed is None:
+            self._computed = {}
+            for name, moe in self._moes.items():
+                for title, (coefficient, loss) in moe.losses.items():
+                    with torch.set_grad_enabled(torch.is_grad_enabled() and coefficient != 0):
+                        values = [(coefficient, loss(decision)) for decision in self.decisions[name]]
+                    self._computed.setdefault(title, []).extend(values)
+        return self._computed
 
 
 class _Attach(torch.autograd.Function):

@@ -58,8 +58,8 @@ def source_file(kind: Any) -> str:
     """The file of a class or function, from its package on: `moestro/routers/gates.py`."""
     try:
         file = Path(inspect.getsourcefile(kind) or "")
-    except TypeError:  # built in
-        return str(kind.__module__)
+    except TypeError:  # built in, perhaps without a module
+        return str(getattr(kind, "__module__", "built in"))
     depth = str(kind.__module__).count(".") + 1 + (file.name == "__init__.py")
     return "/".join(file.parts[-depth:])
 

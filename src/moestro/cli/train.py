@@ -69,7 +69,8 @@ def train(
         return
     print()
     print_table([result, *([result["twin"]] if "twin" in result else [])], tuple(COLUMNS), tuple(COLUMNS.values()))
-    print(f"\nreport: {folder / 'report.html'}")
+    page = folder / "report.html"
+    print(f"\nreport: {page if page.is_file() else f'none yet; moestro report {folder} writes it'}")
 
 
 def choose(recipe: Path | None, out: Path | None, given: dict[str, Any], *, resume: bool) -> tuple[Recipe, Path]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from moestro.experts.single import FeedForward
+from moestro.kernels import as_autocast
 from moestro.routing import MergeRouting, Routing
 
 
@@ -35,7 +36,7 @@ class Experts(nn.Module, ABC):
 
         Shapes: x `[tokens, width]` -> `[tokens, width]`.
         """
-        rows = routing.dispatch(x)
+        rows = routing.dispatch(as_autocast(x))
         if isinstance(routing, MergeRouting):
             return routing.combine(self.merged(routing.mixture, rows, routing.offsets))
         return routing.combine(self(rows, routing.offsets))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from moestro.experts.activations import GATED, PLAIN, is_gated
+from moestro.kernels import as_autocast
 
 
 class FeedForward(nn.Module):
@@ -44,6 +45,7 @@ class FeedForward(nn.Module):
                     parameter.normal_(0.0, std or parameter.shape[0] ** -0.5)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = as_autocast(x)
         up = _linear(x, self.up, self.up_bias)
         if self.gate is None:
             hidden = PLAIN[self.activation](up)

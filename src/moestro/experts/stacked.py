@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from moestro.kernels import grouped_matmul
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StackedLinear:
     """Applies stacked weights (and biases) to rows grouped by expert.
 

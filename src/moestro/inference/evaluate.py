@@ -97,7 +97,7 @@ def _score(
 ) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy in nats and the number of tokens guessed right."""
     with autocast(device.type, precision):
-        logits = model(batch.tokens.to(device), domain=batch.domain.to(device)).flatten(0, 1)
+        logits = model(batch.tokens.to(device), domain=batch.domain.to(device).long()).flatten(0, 1)
     targets = batch.targets.to(device).flatten()
     nll = F.cross_entropy(logits.float(), targets, reduction="sum")
     return nll.double(), (logits.argmax(-1) == targets).sum()

@@ -55,7 +55,7 @@ def grouped_matmul(rows: Tensor, weight: Tensor, offsets: Tensor, backend: str =
     """
     _check(rows, weight, offsets)
     check_backend(backend)
-    rows, weight = _autocast(rows, weight)
+    rows, weight = as_autocast(rows), as_autocast(weight)
     name = _fastest(rows) if backend == "auto" else backend
     return _BACKENDS[name](rows, weight, offsets)
 
@@ -79,9 +79,12 @@ def _check(rows: Tensor, weight: Tensor, offsets: Tensor) -> None:
             raise ValueError(f"offsets must rise from 0 to {len(rows)} rows, got {bounds}")
 
 
-def _autocast(rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    device = rows.device.type
-    if not torch.is_autocast_enabled(device) or rows.dtype == torch.float64:
-        return rows, weight
-    dtype = torch.get_autocast_dtype(device)
-    return rows.to(dtype), weight.to(dtype)
+def as_autocast(x: Tensor) -> Tensor:
+    """`x` in the dtype in which autocast computes products; unchanged outside autocast, and in float64.
+
+    Cast once before several products of the same rows: autocast itself would copy them for each.
+    """
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(device))

@@ -41,15 +41,16 @@ def hash_layers(
     if experts.num_experts % num_hashes:
         raise ValueError(f"num_hashes={num_hashes} must divide the bank of {experts.num_experts} experts")
     num_experts = experts.num_experts // num_hashes
-    if table == "balanced":
-        tables = [balanced_table(_given(frequencies, "frequencies", vocab_size), num_experts)] * num_hashes
-    elif table == "dispersed":
-        tables = [dispersed_table(_given(clusters, "clusters", vocab_size), num_experts)] * num_hashes
-    elif table == "clustered":
-        tables = [torch.as_tensor(_given(clusters, "clusters", vocab_size))] * num_hashes
-    else:
-        num_keys = vocab_size + (table == "previous")  # one more key for "no token before"
-        tables = [random_table(num_keys, num_experts, seed + n) for n in range(num_hashes)]
+    with torch.device("cpu"):  # tables are data, also where the weights are only planned
+        if table == "balanced":
+            tables = [balanced_table(_given(frequencies, "frequencies", vocab_size), num_experts)] * num_hashes
+        elif table == "dispersed":
+            tables = [dispersed_table(_given(clusters, "clusters", vocab_size), num_experts)] * num_hashes
+        elif table == "clustered":
+            tables = [torch.as_tensor(_given(clusters, "clusters", vocab_size))] * num_hashes
+        else:
+            num_keys = vocab_size + (table == "previous")  # one more key for "no token before"
+            tables = [random_table(num_keys, num_experts, seed + n) for n in range(num_hashes)]
     return MoE(HashRouter(torch.stack(tables), num_experts, _KEYS.get(table, by_token)), experts)
 
 

@@ -8,7 +8,7 @@ from moestro.models.decoder import Block, DecoderLM
 from moestro.models.folder import SavedModel, load_model, save_model
 from moestro.models.latent import LatentAttention
 from moestro.models.layouts import choose_layout
-from moestro.models.plan import Plan, plan, probe
+from moestro.models.plan import Plan, plan
 from moestro.models.twin import build_dense_twin, dense_twin_hidden
 
 __all__ = [
@@ -26,6 +26,5 @@ __all__ = [
     "dense_twin_hidden",
     "load_model",
     "plan",
-    "probe",
     "save_model",
 ]

@@ -154,7 +154,7 @@ class DecoderLM(nn.Module):
     @property
     def cacheable(self) -> bool:
         """Whether new tokens need no more of earlier ones than keys and values; routers may look at earlier ids."""
-        return not any(getattr(block.moe.router, "needs_history", False) for block in self.blocks if block.moe)
+        return not any(block.moe.router.needs_history for block in self.blocks if block.moe is not None)
 
     def parameter_counts(self) -> ModelCounts:
         """Parameters: all of them, those that one token uses, and by component."""

@@ -1,17 +1,11 @@
-"""What a training run will need, before it starts: parameters, FLOPs, memory, and speed by a short probe."""
+"""What a training run will need, before it starts: parameters, FLOPs and memory."""
 
 from __future__ import annotations
 
-import contextlib
-import statistics
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
-from moestro.balance import RoutingLog
 from moestro.models.counts import ModelCounts
 from moestro.models.decoder import DecoderLM
 from moestro.models.memory import Activations
@@ -78,61 +72,3 @@ def plan(
         "logits": tokens * activations.head(model),
     }
     return Plan(counts, model.flops_per_token(length), memory, tokens)
-
-
-def probe(
-    model: DecoderLM,
-    *,
-    batch_size: int,
-    length: int,
-    precision: torch.dtype = torch.float32,
-    steps: int = 3,
-) -> float:
-    """Tokens per second of a whole training step on random tokens: the median of `steps` after one to warm up.
-
-    The steps train the model; pass one that you can throw away.
-    """
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    device = model.embedding.weight.device
-    seconds = []
-    with _routing_log(model) as log:
-        for _ in range(steps + 1):
-            tokens = torch.randint(model.vocab_size, (batch_size, length), device=device)
-            start = time.perf_counter()
-            _training_step(model, tokens, optimiser, log, precision)
-            seconds.append(time.perf_counter() - start)
-    return batch_size * length / statistics.median(seconds[1:])
-
-
-@contextlib.contextmanager
-def _routing_log(model: DecoderLM) -> Iterator[RoutingLog | None]:
-    """A log while the block runs; None for a dense model, which has nothing to record."""
-    if all(block.moe is None for block in model.blocks):
-        yield None
-        return
-    log = RoutingLog(model)
-    try:
-        yield log
-    finally:
-        log.close()
-
-
-def _training_step(
-    model: DecoderLM,
-    tokens: torch.Tensor,
-    optimiser: torch.optim.Optimizer,
-    log: RoutingLog | None,
-    precision: torch.dtype,
-) -> None:
-    recording = log.recording() if log else contextlib.nullcontext()
-    with recording, torch.autocast(tokens.device.type, precision, enabled=precision != torch.float32):
-        logits = model(tokens)
-    loss = F.cross_entropy(logits.float().flatten(0, 1), tokens.roll(-1, 1).flatten())
-    (loss + log.auxiliary_loss() if log else loss).backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimiser.step()
-    optimiser.zero_grad(set_to_none=True)
-    if log:
-        log.update_controllers()
-    if tokens.device.type == "cuda":
-        torch.cuda.synchronize()

@@ -35,6 +35,7 @@ class HashRouter(Router):
             raise ValueError(f"the table must name experts 0 to {num_experts - 1}, got {int(tables.max())}")
         self.register_buffer("tables", tables.long())
         self.keys = keys
+        self.needs_history = keys in (by_previous, by_bigram)
         self.num_experts = num_experts * len(tables)
         self.top_k = len(tables)
 

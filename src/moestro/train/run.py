@@ -62,8 +62,16 @@ def train_run(
         with _nothing_half_begun(out, resume):
             claim_folder(out, recipe, resume=resume)
             result = _train(around, model, out)
-    write_report(out)
+    _report(out, progress)
     return result
+
+
+def _report(out: Path, progress: Progress) -> None:
+    """Write the page; a finished run stays finished where the page's optional library is missing."""
+    try:
+        write_report(out)
+    except ModuleNotFoundError as error:
+        progress.say(f"no report yet: {error}")
 
 
 def introduce(around: Surroundings, model: DecoderLM) -> None:

@@ -35,7 +35,7 @@ class Stepper:
     tokens in its micro-batch.
 
     Args:
-        model: tokens `[batch, length]` -> logits.
+        model: tokens and, by keyword, domain, both `[batch, length]` -> logits.
         optimiser: of the model's parameters.
         machine: device and precision.
         log: of the model's MoE layers; None for a dense model.
@@ -53,11 +53,11 @@ class Stepper:
         *,
         accumulate: int = 1,
         clip: float = 1.0,
-        compiled: Callable[[Tensor], Tensor] | None = None,
+        compiled: Callable[..., Tensor] | None = None,
     ):
         self.model, self.optimiser, self.machine, self.log = model, optimiser, machine, log
         self.accumulate, self.clip = accumulate, clip
-        self._forward: Callable[[Tensor], Tensor] = model if compiled is None else compiled
+        self._forward: Callable[..., Tensor] = model if compiled is None else compiled
 
     def __call__(self, batch: Batch, step: int) -> StepResult:
         """Learn from one batch; raises NonFiniteLoss, naming `step`, before a bad gradient reaches the weights."""
@@ -74,22 +74,24 @@ class Stepper:
             self.log.update_controllers()
         return StepResult(loss, auxiliary, grad_norm, {name: float(value) for name, value in total.items()})
 
-    def _parts(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor, float]]:
-        """Tokens, targets and the weight of one token's loss, for each micro-batch."""
-        tokens = batch.tokens.to(self.machine.device).chunk(self.accumulate)
-        targets = batch.targets.to(self.machine.device).chunk(self.accumulate)
-        for some_tokens, some_targets in zip(tokens, targets, strict=True):
-            yield some_tokens, some_targets, 1 / batch.targets.numel()
+    def _parts(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
+        """Tokens, their domains, targets and the weight of one token's loss, for each micro-batch."""
+        pieces = [
+            facts.to(self.machine.device).chunk(self.accumulate)
+            for facts in (batch.tokens, batch.domain.long(), batch.targets)
+        ]
+        for tokens, domain, targets in zip(*pieces, strict=True):
+            yield tokens, domain, targets, 1 / batch.targets.numel()
 
-    def _backward(self, tokens: Tensor, targets: Tensor, weight: float) -> dict[str, Tensor]:
+    def _backward(self, tokens: Tensor, domain: Tensor, targets: Tensor, weight: float) -> dict[str, Tensor]:
         share = tokens.numel() * weight
         if self.log is None:
             with self.machine.autocast():
-                logits = self._forward(tokens)
+                logits = self._forward(tokens, domain=domain)
             auxiliary, named = logits.new_zeros((), dtype=torch.float32), {}
         else:
             with self.log.recording(), self.machine.autocast():
-                logits = self._forward(tokens)
+                logits = self._forward(tokens, domain=domain)
             auxiliary, named = self.log.auxiliary_loss() * share, self.log.losses()
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum") * weight
         (loss + auxiliary).backward()
@@ -109,8 +111,7 @@ class Stepper:
             name = next((name for name, grad in grads if not grad.isfinite().all()), "its norm")
             return f"the gradient is not finite at step {step} (first in {name}); {_ADVICE}"
         which = "loss" if math.isfinite(auxiliary) else "auxiliary loss"
-        tokens = batch.tokens.to(self.machine.device).chunk(self.accumulate)
-        found = (first_non_finite(self.model, part, self.machine) for part in tokens)
+        found = (first_non_finite(self.model, part[0], part[1], self.machine) for part in self._parts(batch))
         culprit = next((name for name in found if name), None)
         where = f" (first in {culprit})" if culprit else ""
         return f"the {which} is {loss if which == 'loss' else auxiliary} at step {step}{where}; {_ADVICE}"
@@ -120,7 +121,7 @@ _ADVICE = "lower train.learning_rate, lengthen train.warmup_fraction or use trai
 
 
 @torch.no_grad()
-def first_non_finite(model: nn.Module, tokens: Tensor, machine: Machine) -> str | None:
+def first_non_finite(model: nn.Module, tokens: Tensor, domain: Tensor, machine: Machine) -> str | None:
     """The first module, in the order of the forward pass, whose weights or output are not finite."""
     found: list[str] = []
 
@@ -135,7 +136,7 @@ def first_non_finite(model: nn.Module, tokens: Tensor, machine: Machine) -> str 
     handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
     try:
         with machine.autocast():
-            model(tokens)
+            model(tokens, domain=domain)
     finally:
         for handle in handles:
             handle.remove()
