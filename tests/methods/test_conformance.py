@@ -34,6 +34,8 @@ def sample_options(method: Method, num_experts: int) -> dict[str, object]:
             options[name] = domains(num_experts)
         elif name == "top_k" and option.default is not None:
             options[name] = min(option.default, num_experts, 2)
+        elif name == "segment_length":
+            options[name] = 12
         elif name == "capacity_factor" and method.family == "expert-choice":
             options[name] = min(option.default, float(num_experts))
     return options
@@ -152,8 +154,9 @@ def test_layer_equals_the_loop(
     torch.manual_seed(1)
     expected = gradients(run_layer(moe, x, moe.route(x, facts)), moe, x)
     torch.manual_seed(1)
+    # gradients of routers are differences of products with outputs, and round as these do
     for name, gradient in gradients(moe(x, facts), moe, x).items():
-        size = max(1.0, float(expected[name].abs().max())) if expected[name].numel() else 1.0
+        size = max(scale, float(expected[name].abs().max())) if expected[name].numel() else scale
         assert_close(
             gradient, expected[name], rtol=tolerance, atol=tolerance * size, msg=lambda m, n=name: f"{n}: {m}"
         )
@@ -220,8 +223,10 @@ def test_no_valid_token_gives_zeros_and_no_nan(method: Method) -> None:
 
 
 def changes_earlier(method: Method, seed: int, training: bool) -> bool:
-    """Whether new values of the last tokens change what earlier ones get."""
-    moe = make(method, seed=seed).train(training)
+    """Whether new values of the last tokens change what earlier ones get; a capacity is made to bind."""
+    capacity = method.options.get("capacity_factor")
+    tight = {"capacity_factor": 0.5} if capacity is not None and capacity.default is not None else {}
+    moe = make(method, seed=seed, **tight).train(training)
     x = torch.randn(1, 16, 6, dtype=torch.float64)
     other = x.clone()
     other[:, 10:] += 3 * torch.randn(1, 6, 6, dtype=torch.float64)
@@ -282,7 +287,7 @@ def test_one_expert_is_that_expert(method: Method) -> None:
         return
     x = torch.randn(3, 6, dtype=torch.float64)
     decision = moe.route(x, context(3, num_experts=1))
-    if method.family == "soft":  # the only slot is one mixture of all tokens
+    if method.family == "soft" and len(decision.routing.token) == 1:  # the only slot is one mixture of all tokens
         assert_close(moe.run(x, decision), moe.run(x, decision)[:1].expand(3, 6))
         return
     weight = decision.routing.combine_matrix()
@@ -329,9 +334,9 @@ def test_options_and_weights_round_trip(method: Method) -> None:
 def test_gradients_are_finite_and_reach_a_router_that_learns(method: Method) -> None:
     moe = make(method)
     log = RoutingLog(moe)
-    x = torch.randn(4, 8, 6, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 16, 6, dtype=torch.float64, requires_grad=True)
     with log.recording():
-        y = moe(x, context(32, 8))
+        y = moe(x, context(32, 16))
     log.auxiliary_loss().backward(retain_graph=True) if log.auxiliary_loss().requires_grad else None
     taught = {name for name, p in moe.router.named_parameters() if p.grad is not None and p.grad.any()}
     moe.zero_grad()
