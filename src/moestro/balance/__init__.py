@@ -1,5 +1,6 @@
 """What keeps experts busy: losses, controllers and the log they read; never runs inside forward."""
 
+from moestro.balance.adaptive import AdaptiveLoss, AdaptiveSparsity, FollowDrops
 from moestro.balance.controllers import Controller, LossFreeBias
 from moestro.balance.levels import CommunicationBalance, GlobalBatchBalance, GroupBalance
 from moestro.balance.log import RoutingLog
@@ -12,13 +13,22 @@ from moestro.balance.losses import (
     load_times_probability,
     z_loss,
 )
+from moestro.balance.selectors import selector_entropy
+from moestro.balance.smooth import softmax_importance_cv_squared, threshold_load_cv_squared
+from moestro.balance.sparsity import AtTemperature, DearExperts, LoadWeightedL1, router_entropy
 
 __all__ = [
+    "AdaptiveLoss",
+    "AdaptiveSparsity",
+    "AtTemperature",
     "CommunicationBalance",
     "Controller",
+    "DearExperts",
+    "FollowDrops",
     "GlobalBatchBalance",
     "GroupBalance",
     "LoadTimesProbability",
+    "LoadWeightedL1",
     "LossFreeBias",
     "RoutingLog",
     "SequenceBalance",
@@ -26,5 +36,9 @@ __all__ = [
     "importance_cv_squared",
     "load_cv_squared",
     "load_times_probability",
+    "router_entropy",
+    "selector_entropy",
+    "softmax_importance_cv_squared",
+    "threshold_load_cv_squared",
     "z_loss",
 ]

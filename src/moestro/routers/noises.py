@@ -42,3 +42,33 @@ class GaussianNoise(nn.Module):
 
     def extra_repr(self) -> str:
         return f"floor={self.floor}"
+
+
+class FixedNoise(nn.Module):
+    """Adds Gaussian noise of one fixed size to the logits.
+
+        noisy = logits + std * normal()        Riquelme et al. 2021: std = 1 / experts
+
+    Args:
+        std: standard deviation.
+
+    Raises:
+        ValueError: a standard deviation that is not above 0.
+
+    Shapes: logits `[tokens, experts]` -> the same; notes `noisy_logits` and `noise_std` of that shape.
+    """
+
+    def __init__(self, std: float) -> None:
+        super().__init__()
+        if std <= 0:
+            raise ValueError(f"noise of standard deviation {std} must be above 0; for none leave the noise out")
+        self.std = std
+
+    def forward(self, x: Tensor, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        if not self.training:
+            return logits, {}
+        noisy = logits + self.std * torch.randn_like(logits)
+        return noisy, {"noisy_logits": noisy, "noise_std": torch.full_like(logits, self.std)}
+
+    def extra_repr(self) -> str:
+        return f"std={self.std}"

@@ -16,13 +16,15 @@ class Select(nn.Module, ABC):
     """A selection rule. Ties go to the expert of the lowest index.
 
     Attributes:
-        k: choices per token.
+        k: choices per token, or a bound for them where they vary.
+        average: choices per token on average; k unless a rule says otherwise.
         causal: whether later tokens cannot change what earlier ones choose.
         causal_evaluation: whether that holds in evaluation at least.
         batch_independent: whether a sequence's choices do not depend on the others of the batch.
     """
 
     k: int
+    average: float | None = None
     causal: bool = True
     causal_evaluation: bool = False
     batch_independent: bool = True

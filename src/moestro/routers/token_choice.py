@@ -60,7 +60,7 @@ class TokenChoice(Router):
         self.capacity = capacity or Dropless()
         self.num_experts = scorer.num_experts
         select.check(self.num_experts)
-        self.top_k = select.k
+        self.top_k = select.k if select.average is None else select.average
         self.causal = scorer.causal and select.causal and self.capacity.causal(select.k)
         evaluates = select.causal or select.causal_evaluation
         self.causal_evaluation = scorer.causal and evaluates and self.capacity.causal_evaluation(select.k)
