@@ -198,7 +198,7 @@ def test_student_experts_keep_the_slopes_among_outliers():
     assert np.abs(lines[1] - truth).max() > 1
 
 
-@pytest.mark.parametrize("expert", ["linear", "laplace", "student", "poisson", "gamma"])
+@pytest.mark.parametrize("expert", ["linear", "laplace", "student", "skew-normal", "skew-t", "poisson", "gamma"])
 def test_densities_integrate_to_one_and_agree_with_quantiles_and_draws(expert):
     x, y = crossing_counts(0, n=300)
     y = y if expert == "poisson" else y + 0.5

@@ -26,8 +26,8 @@ class MixtureOfExpertsRegressor(RegressorMixin, MixtureOfExperts):
         branching: children per node for every level of a tree of softmax gates: (2, 2, 2) is a binary tree with
             eight experts.
         gate: "softmax", "gaussian", "constant" or a gate object with other options.
-        expert: "linear", "ridge", "gaussian" (full covariance), "constant", "laplace", "student", "poisson",
-            "gamma" or an expert object with other options.
+        expert: "linear", "ridge", "gaussian" (full covariance), "constant", "laplace", "student",
+            "skew-normal", "skew-t", "poisson", "gamma" or an expert object with other options.
         algorithm: "em"; "gem" (one Newton step of the gate); "ecm" (shares renewed between gate and experts);
             "mm" (bounds instead of Newton steps); "hard-em"; "stochastic-em"; "annealed-em".
         tol: stop when the mean objective changes by less.
@@ -46,8 +46,8 @@ class MixtureOfExpertsRegressor(RegressorMixin, MixtureOfExperts):
     per level for a tree; `gate_means_`, `gate_covariances_` for Gaussian gates), `weights_` `[experts]` (mean
     gate), `expert_coef_` `[experts, outputs, features]`, `expert_intercept_` `[experts, outputs]` and the scale,
     shape or degrees of freedom of the family (`expert_variance_`, `expert_covariance_`, `expert_scale_`,
-    `expert_dof_`, `expert_shape_`), `loglik_`, `loglik_path_`, `lower_bound_`, `n_parameters_`, `n_iter_`,
-    `converged_`. Under a Gaussian gate log-likelihoods are those of inputs and targets together.
+    `expert_dof_`, `expert_skew_`, `expert_shape_`), `loglik_`, `loglik_path_`, `lower_bound_`, `n_parameters_`,
+    `n_iter_`, `converged_`. Under a Gaussian gate log-likelihoods are those of inputs and targets together.
     """
 
     _experts = REGRESSION_EXPERTS

@@ -8,6 +8,7 @@ from moestro.mixtures.experts.classes import ConstantClassExpert, LogisticExpert
 from moestro.mixtures.experts.gaussian import ConstantExpert, GaussianExpert
 from moestro.mixtures.experts.glm import GammaExpert, PoissonExpert
 from moestro.mixtures.experts.laplace import LaplaceExpert
+from moestro.mixtures.experts.skew import SkewNormalExpert, SkewTExpert
 from moestro.mixtures.experts.student import StudentExpert
 
 REGRESSION_EXPERTS: dict[str, Callable[[], Expert]] = {
@@ -17,6 +18,8 @@ REGRESSION_EXPERTS: dict[str, Callable[[], Expert]] = {
     "constant": ConstantExpert,
     "laplace": LaplaceExpert,
     "student": StudentExpert,
+    "skew-normal": SkewNormalExpert,
+    "skew-t": SkewTExpert,
     "poisson": PoissonExpert,
     "gamma": GammaExpert,
 }
@@ -38,5 +41,7 @@ __all__ = [
     "LogisticExpert",
     "MultinomialExpert",
     "PoissonExpert",
+    "SkewNormalExpert",
+    "SkewTExpert",
     "StudentExpert",
 ]
