@@ -224,6 +224,11 @@ def test_no_valid_token_gives_zeros_and_no_nan(method: Method) -> None:
     assert x.grad.isfinite().all()
 
 
+def differ(first: Tensor, second: Tensor) -> bool:
+    """Whether outputs differ by more than rounding at their size."""
+    return not torch.allclose(first, second, rtol=0, atol=1e-12 * max(1.0, float(first.detach().abs().max())))
+
+
 def changes_earlier(method: Method, seed: int, training: bool) -> bool:
     """Whether new values of the last tokens change what earlier ones get; a capacity is made to bind."""
     capacity = method.options.get("capacity_factor")
@@ -236,7 +241,7 @@ def changes_earlier(method: Method, seed: int, training: bool) -> bool:
     torch.manual_seed(seed)
     first = moe(x, facts)[:, :10]
     torch.manual_seed(seed)
-    return not torch.allclose(first, moe(other, facts)[:, :10], rtol=0, atol=1e-12)
+    return differ(first, moe(other, facts)[:, :10])
 
 
 @each_method
@@ -261,7 +266,7 @@ def changes_neighbours(method: Method, seed: int) -> bool:
     facts = context(24, 8)
     ids = torch.cat([torch.randint(VOCAB, (8,)), facts.token_ids[8:]])
     renamed = replace(facts, token_ids=ids, domain=ids % domains(4))
-    return not torch.allclose(moe(x, facts)[1:], moe(other, renamed)[1:], rtol=0, atol=1e-12)
+    return differ(moe(x, facts)[1:], moe(other, renamed)[1:])
 
 
 @each_method
@@ -287,7 +292,7 @@ def test_one_expert_is_that_expert(method: Method) -> None:
     if not fits(method, 1):
         return
     moe = make(method, num_experts=1).eval()
-    if moe.experts.num_experts > 1:  # the method brings experts of its own
+    if moe.experts.num_experts > 1 or hasattr(moe.experts, "network"):  # the method brings more than that expert
         return
     x = torch.randn(3, 6, dtype=torch.float64)
     decision = moe.route(x, context(3, num_experts=1))

@@ -11,7 +11,8 @@ def run_layer(moe: MoE, x: Tensor, decision: Decision) -> Tensor:
     """What `moe.run(x, decision)` must give, from the fields of the routing alone."""
     routing = decision.routing
     if isinstance(routing, SparseRouting):
-        y = _sparse(moe.experts, x, routing)
+        y = _sparse(getattr(moe.experts, "inner", moe.experts), x, routing)
+        y = y + _generated(moe.experts, x, routing) if hasattr(moe.experts, "network") else y
     elif isinstance(routing, SoftRouting):
         y = _soft(moe.experts, x, routing)
     else:
@@ -105,4 +106,18 @@ def _merge(experts: nn.Module, x: Tensor, routing: MergeRouting) -> Tensor:
         for pair in range(bounds[v], bounds[v + 1]):
             t = int(routing.rows.token[pair])
             rows[t] = rows[t] + formula(mixed, x[t], experts.activation) * routing.rows.weight[pair]
+    return torch.stack(rows) if rows else x * 0
+
+
+def _generated(experts: nn.Module, x: Tensor, routing: SparseRouting) -> Tensor:
+    """Adapters made from the experts that each token did not choose."""
+    rows, chosen = [], routing.expert.tolist()
+    for t in range(len(x)):
+        mine = {e for e, source in zip(chosen, routing.token.tolist(), strict=True) if source == t}
+        q = sum((experts.embedding[e] for e in range(experts.num_experts) if e not in mine), experts.layer * 0)
+        network = experts.network
+        c = (q @ network.first).relu() @ network.second
+        h = (torch.cat([c, experts.layer]) @ network.mix).relu()
+        down, down_bias, up, up_bias = (sum(h[i] * head[i] for i in range(len(h))) for head in network.heads)
+        rows.append(((x[t] @ down + down_bias).relu() @ up + up_bias) * bool(mine))
     return torch.stack(rows) if rows else x * 0
