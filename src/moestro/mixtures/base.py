@@ -15,7 +15,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 
 from moestro.mixtures import errors
 from moestro.mixtures.experts import Expert
-from moestro.mixtures.fitting import em
+from moestro.mixtures.fitting import em, gradient
 from moestro.mixtures.fitting.start import STARTS
 from moestro.mixtures.gates import GATES, Gate, SoftmaxGate
 from moestro.mixtures.mixture import Mixture
@@ -55,6 +55,7 @@ class MixtureOfExperts(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         gate: str | Gate = "softmax",
         expert: str | Expert = "linear",
         algorithm: str = "em",
+        loss: str = "mixture",
         tol: float = 1e-6,
         max_iter: int = 500,
         n_init: int = 5,
@@ -70,6 +71,7 @@ class MixtureOfExperts(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         self.gate = gate
         self.expert = expert
         self.algorithm = algorithm
+        self.loss = loss
         self.tol = tol
         self.max_iter = max_iter
         self.n_init = n_init
@@ -148,8 +150,15 @@ class MixtureOfExperts(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
             )
         if len(branching) > 1 and not gate.hierarchical:
             raise ValueError(f"branching={self.branching} needs a softmax gate, not gate={self.gate!r}")
-        if self.algorithm not in em.ALGORITHMS:
-            raise ValueError(f"algorithm={self.algorithm!r} is unknown; pass one of {', '.join(em.ALGORITHMS)}")
+        if self.algorithm not in (*em.ALGORITHMS, "gradient"):
+            known = ", ".join(em.ALGORITHMS)
+            raise ValueError(f"algorithm={self.algorithm!r} is unknown; pass one of {known}, gradient")
+        if self.algorithm == "gradient":
+            gradient.check(Mixture(gate, expert, {}, {}), self.loss, branching)
+        elif self.loss != "mixture":
+            raise ValueError(
+                f"loss={self.loss!r} needs algorithm='gradient'; {self.algorithm!r} climbs the likelihood"
+            )
         if isinstance(self.init, str) and self.init not in ("auto", *STARTS):
             raise ValueError(f"init={self.init!r} is unknown; pass auto, {', '.join(STARTS)} or an array of shares")
         if self.n_init < 1 or self.max_iter < 1 or self.tol < 0 or self.reg_covar < 0:
@@ -186,8 +195,14 @@ class MixtureOfExperts(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
 
     def _continue(self, previous: Mixture, rows: Rows) -> em.Fit:
         rng = check_random_state(self.random_state)
-        algorithm, report = em.ALGORITHMS[self.algorithm], self._reporter("warm start")
-        return em.run(algorithm, previous, rows, self.tol, self.max_iter, rng, report)
+        return self._run(previous, rows, rng, self._reporter("warm start"))
+
+    def _run(
+        self, first: Mixture, rows: Rows, rng: np.random.RandomState, report: Callable[[int, float], None]
+    ) -> em.Fit:
+        if self.algorithm == "gradient":
+            return gradient.run(first, rows, self.loss, self.tol, self.max_iter, report)
+        return em.run(em.ALGORITHMS[self.algorithm], first, rows, self.tol, self.max_iter, rng, report)
 
     def _restarts(
         self, gate: Gate, expert: Expert, branching: tuple[int, ...], rows: Rows, used: Array
@@ -207,8 +222,7 @@ class MixtureOfExperts(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
                 standard = rows.u if gate.generative else rows.u[:, 1:]
                 share = STARTS[kind](standard, rows, branching, run, rng)
             first = em.first_mixture(blank, rows, share, branching)
-            report = self._reporter(f"start {run + 1}/{len(seeds)}")
-            return em.run(em.ALGORITHMS[self.algorithm], first, rows, self.tol, self.max_iter, rng, report)
+            return self._run(first, rows, rng, self._reporter(f"start {run + 1}/{len(seeds)}"))
 
         return Parallel(n_jobs=self.n_jobs)(delayed(one)(run, seed) for run, seed in enumerate(seeds))
 
@@ -233,7 +247,8 @@ class MixtureOfExperts(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         self.mixture_, self.scaling_ = mixture, scaling
         self.n_iter_, self.converged_ = max(fit.num_steps, 1), fit.converged
         volume = self._log_volume()
-        self.loglik_path_ = np.asarray(fit.path) - volume * rows.total
+        squared = self.algorithm == "gradient" and self.loss != "mixture"  # an error has no units of density
+        self.loglik_path_ = np.asarray(fit.path) - (0.0 if squared else volume * rows.total)
         self.lower_bound_ = float(self.loglik_path_[-1] / rows.total)
         self.loglik_ = float(rows.weight @ softmax_rows(joint)[0]) - volume * rows.total
         self.n_parameters_ = mixture.count()

@@ -29,7 +29,11 @@ class MixtureOfExpertsRegressor(RegressorMixin, MixtureOfExperts):
         expert: "linear", "ridge", "gaussian" (full covariance), "constant", "laplace", "student",
             "skew-normal", "skew-t", "poisson", "gamma" or an expert object with other options.
         algorithm: "em"; "gem" (one Newton step of the gate); "ecm" (shares renewed between gate and experts);
-            "mm" (bounds instead of Newton steps); "hard-em"; "stochastic-em"; "annealed-em".
+            "mm" (bounds instead of Newton steps); "hard-em"; "stochastic-em"; "annealed-em";
+            "gradient" (L-BFGS).
+        loss: of algorithm "gradient": "mixture" (the likelihood), or the squared errors of Jacobs et al. 1991,
+            "expected" `sum_i g_i |y - μ_i|²` and "blend" `|y - sum_i g_i μ_i|²` (Meta-Pi), for normal experts;
+            their paths are minus the loss, their variances those of the errors under the gate.
         tol: stop when the mean objective changes by less.
         max_iter: most iterations per start.
         n_init: number of starts; the best is kept.

@@ -103,6 +103,10 @@ class SoftmaxGate(Gate):
             if node.size
         )
 
+    def prior_slope(self, coef: Array, rows: Rows) -> Array:
+        """Derivative of the penalty in the coefficients of one node, `[children - 1, features]`."""
+        return logit.coupling(len(coef) + 1) @ coef * self._ridge(rows, self.alpha)
+
     def count(self, params: Params) -> int:
         return sum(coef.size for coef in params["coef"])
 
@@ -126,16 +130,14 @@ class SoftmaxGate(Gate):
         return {"coef": [part.reshape(c.shape) for part, c in zip(parts, like["coef"], strict=True)]}
 
     def gradient(self, rows: Rows, share: Array, params: Params) -> Array:
-        ridge = self._ridge(rows, self.alpha)
         probs = self.node_log_proba(params, rows.u)
         slopes = []
         targets, masses = self._by_node(share, params)
         for coef, target, mass, log_p in zip(params["coef"], targets, masses, probs, strict=True):
-            couple = logit.coupling(coef.shape[1] + 1)
             for node in range(len(coef)):
                 reach = (mass[:, node] * rows.weight)[:, None]
                 gap = reach * (target[:, node, :-1] - np.exp(log_p[:, node, :-1]))
-                slopes.append((gap.T @ rows.u - couple @ coef[node] * ridge).ravel())
+                slopes.append((gap.T @ rows.u - self.prior_slope(coef[node], rows)).ravel())
         return np.concatenate(slopes)
 
     def permute(self, params: Params, order: Array) -> Params:
