@@ -118,7 +118,7 @@ def plot_tree(model: Any, X: Any, ax: Any = None) -> Any:
             )
             leaf = depth == len(levels) - 1
             label = f"expert {child}\n{mass:.2f}" if leaf else f"{mass:.2f}"
-            face = _colors(num_leaves)[child] * [1, 1, 1, 0.35] if leaf else "white"
+            face = 1 - 0.4 * (1 - _colors(num_leaves)[child]) if leaf else "white"
             ax.text(
                 spot,
                 -depth - 1,
