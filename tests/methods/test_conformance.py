@@ -43,10 +43,10 @@ def sample_options(method: Method, num_experts: int) -> dict[str, object]:
     return options
 
 
-def fits(method: Method, num_experts: int) -> bool:
+def fits(method: Method, num_experts: int, width: int = 6) -> bool:
     try:
-        make(method, num_experts=num_experts)
-    except ValueError:  # two choices among one expert
+        make(method, num_experts=num_experts, width=width)
+    except ValueError:  # two choices among one expert, or more experts than places
         return False
     return True
 
@@ -128,10 +128,10 @@ def test_layer_equals_the_loop(
 ) -> None:
     settings = CASES[case]
     num_experts = settings.get("experts", 4)
-    if not fits(method, num_experts):
-        assert num_experts == 1, "only one expert may be too few"
-        return
     width, hidden = settings.get("width", 6), settings.get("hidden", 5)
+    if not fits(method, num_experts, width):
+        assert num_experts == 1 or width < num_experts, "only one expert, or a narrow layer, may be too few"
+        return
     options = {"top_k": num_experts} if "every" in settings and "top_k" in method.options else {}
     moe = make(method, num_experts, width, hidden, kernel, dtype, **options)
     tokens = settings["tokens"]
@@ -179,8 +179,11 @@ def test_routing_says_what_was_chosen(method: Method) -> None:
     for t in range(12):
         for j in range(choice.shape[1]):
             chosen[t, choice[t, j]] |= kept[t, j]
-    assert torch.equal(matrix != 0, chosen)
-    assert torch.equal(decision.routing.load(), chosen.sum(0))
+    assert not matrix[~chosen].any()
+    if "shared_weight" not in decision.notes:  # a mixing gate may be exactly zero
+        assert torch.equal(matrix != 0, chosen)
+    if "gradient_only" not in decision.notes:  # pairs of weight zero that only teach the router
+        assert torch.equal(decision.routing.load(), chosen.sum(0))
 
 
 @each_method
@@ -232,7 +235,7 @@ def differ(first: Tensor, second: Tensor) -> bool:
 def changes_earlier(method: Method, seed: int, training: bool) -> bool:
     """Whether new values of the last tokens change what earlier ones get; a capacity is made to bind."""
     capacity = method.options.get("capacity_factor")
-    tight = {"capacity_factor": 0.5} if capacity is not None and capacity.default is not None else {}
+    tight = {"capacity_factor": 0.5} if capacity is not None and capacity.default else {}
     moe = make(method, seed=seed, **tight).train(training)
     x = torch.randn(1, 16, 6, dtype=torch.float64)
     other = x.clone()

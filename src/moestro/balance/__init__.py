@@ -16,6 +16,14 @@ from moestro.balance.losses import (
 from moestro.balance.selectors import selector_entropy
 from moestro.balance.smooth import softmax_importance_cv_squared, threshold_load_cv_squared
 from moestro.balance.sparsity import AtTemperature, DearExperts, LoadWeightedL1, router_entropy
+from moestro.balance.special import (
+    GateBudget,
+    Locality,
+    PlaceBalance,
+    TaskInformation,
+    noted_load_cv_squared,
+    single_choice_balance,
+)
 
 __all__ = [
     "AdaptiveLoss",
@@ -25,19 +33,25 @@ __all__ = [
     "Controller",
     "DearExperts",
     "FollowDrops",
+    "GateBudget",
     "GlobalBatchBalance",
     "GroupBalance",
     "LoadTimesProbability",
     "LoadWeightedL1",
+    "Locality",
     "LossFreeBias",
+    "PlaceBalance",
     "RoutingLog",
     "SequenceBalance",
+    "TaskInformation",
     "cv_squared",
     "importance_cv_squared",
     "load_cv_squared",
     "load_times_probability",
+    "noted_load_cv_squared",
     "router_entropy",
     "selector_entropy",
+    "single_choice_balance",
     "softmax_importance_cv_squared",
     "threshold_load_cv_squared",
     "z_loss",

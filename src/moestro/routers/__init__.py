@@ -14,31 +14,44 @@ from moestro.routers.drops import (
     DropByPriority,
     DropLeastAffine,
     RetryByPosition,
+    locmoe_slots,
+    share_of_tokens,
     slots_by_price,
     slots_in_fours,
+    tutel_slots,
 )
 from moestro.routers.dselect import DSelectK
 from moestro.routers.expert_choice import ExpertChoice
 from moestro.routers.fixed import HashRouter
-from moestro.routers.gates import LearnedTemperature, relu, sigmoid, softmax
+from moestro.routers.gates import LearnedTemperature, Standardised, relu, sigmoid, softmax
+from moestro.routers.gating_dropout import SkipLayer, StayLocal
+from moestro.routers.groupings import GroupSoftmax, OnePerGroup, SampledTail
 from moestro.routers.learned_scorers import (
     AttentionAcrossExperts,
     BlockMeans,
     Cosine,
     GatingResidual,
-    PerTask,
-    TwoLayer,
+    GeluNetwork,
     TwoLevels,
 )
 from moestro.routers.merging import SequenceMerging
-from moestro.routers.noises import FixedNoise, GaussianNoise, NoNoise
+from moestro.routers.mixed import BudgetedMix, SoftmaxMix
+from moestro.routers.noises import FixedNoise, GaussianNoise, NoNoise, PerDomainNoise
 from moestro.routers.scorers import Biased, InputJitter, Linear, Scorer
 from moestro.routers.selects import BiasedSelection, GroupLimitedTopK, RandomSecond, TopK
 from moestro.routers.soft import SoftSlots
 from moestro.routers.token_choice import TokenChoice
 from moestro.routers.transports import BalancedAssignment, SinkhornInTraining
 from moestro.routers.varying import CloseSecond, Positive, TopP
-from moestro.routers.weighs import Normed, Renormalised, Scaled, as_is, sigmoid_of_selected, softmax_over_selected
+from moestro.routers.weighs import (
+    Normed,
+    Renormalised,
+    Scaled,
+    as_is,
+    renormalised_where_several,
+    sigmoid_of_selected,
+    softmax_over_selected,
+)
 from moestro.routers.wrapped import WeighsInputs, Wrapped
 
 __all__ = [
@@ -47,6 +60,7 @@ __all__ = [
     "Biased",
     "BiasedSelection",
     "BlockMeans",
+    "BudgetedMix",
     "CloseSecond",
     "Cosine",
     "DSelectK",
@@ -59,7 +73,9 @@ __all__ = [
     "FixedNoise",
     "GatingResidual",
     "GaussianNoise",
+    "GeluNetwork",
     "GroupLimitedTopK",
+    "GroupSoftmax",
     "HashRouter",
     "InTraining",
     "InputJitter",
@@ -67,27 +83,35 @@ __all__ = [
     "Linear",
     "NoNoise",
     "Normed",
-    "PerTask",
+    "OnePerGroup",
+    "PerDomainNoise",
     "Positive",
     "RandomSecond",
     "Renormalised",
     "RetryByPosition",
     "Router",
+    "SampledTail",
     "Scaled",
     "Scorer",
     "SequenceMerging",
     "SinkhornInTraining",
+    "SkipLayer",
     "SoftSlots",
+    "SoftmaxMix",
+    "Standardised",
+    "StayLocal",
     "TokenChoice",
     "TopK",
     "TopP",
-    "TwoLayer",
     "TwoLevels",
     "WeighsInputs",
     "Wrapped",
     "as_is",
     "gshard_slots",
+    "locmoe_slots",
     "relu",
+    "renormalised_where_several",
+    "share_of_tokens",
     "sigmoid",
     "sigmoid_of_selected",
     "slots_by_price",
@@ -96,4 +120,5 @@ __all__ = [
     "softmax",
     "softmax_over_selected",
     "switch_slots",
+    "tutel_slots",
 ]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moestro.routers.capacities import Capacity, DropByPosition, Slots, place_in_line
+from moestro.routers.selects import Select
 from moestro.routing import Context, Selection
 from moestro.routing.sparse import offsets_from
 
@@ -16,6 +17,22 @@ from moestro.routing.sparse import offsets_from
 def slots_in_fours(num_tokens: int, num_experts: int, factor: float, k: int) -> int:
     """`ceil(factor * k * T / E)` rounded up to a multiple of four: Riquelme et al. 2021, released code."""
     return 4 * math.ceil(math.ceil(factor * k * num_tokens / num_experts) / 4)
+
+
+def share_of_tokens(num_tokens: int, num_experts: int, share: float) -> int:
+    """`ceil(share * T)`, whatever the number of experts: evaluation of Artetxe et al. 2021."""
+    return math.ceil(share * num_tokens)
+
+
+def tutel_slots(num_tokens: int, num_experts: int, factor: float, select: Select) -> int:
+    """`k * int(factor * ceil(T / E))` for the k that the selection has now: Hwang et al. 2023."""
+    return select.k * int(factor * math.ceil(num_tokens / num_experts))
+
+
+def locmoe_slots(num_tokens: int, num_experts: int, width: int, delta: float) -> int:
+    """The even load over `erfc(sqrt(delta^2 d / (2 - delta^2)))`, at most T: Li et al. 2024, theorem 1."""
+    rare = math.erfc(math.sqrt(delta**2 * width / (2 - delta**2)))
+    return min(num_tokens, math.ceil(num_tokens / num_experts / max(rare, 1e-300)))
 
 
 def slots_by_price(num_tokens: int, factor: float, k: int, dear: int, free: int, tau: float) -> list[int]:

@@ -1,4 +1,4 @@
-"""More scorers: cosine, attention across experts, block means, a network, one matrix per task, the layer before."""
+"""More scorers: cosine, attention across experts, block means, a network, two levels, the layer before."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class BlockMeans(Scorer):
         return F.linear(x, self.gate.to(x.dtype)).relu()
 
 
-class TwoLayer(Scorer):
+class GeluNetwork(Scorer):
     """A small network: `logits = W_2 gelu(W_1 x + b)`, with dropout on the hidden units (Shen et al. 2023).
 
     Args:
@@ -150,31 +150,6 @@ class TwoLevels(Scorer):
         return (node.unsqueeze(2) + place.unsqueeze(1)).flatten(1)
 
 
-class PerTask(Scorer):
-    """One matrix per task: `z = x W_task`; the task of a token is `Context.domain`.
-
-    Args:
-        width: model width.
-        num_experts: number of experts.
-        num_tasks: tasks.
-
-    Raises:
-        ValueError: at the call, no `Context.domain`, or a task out of range.
-
-    Shapes: x `[tokens, width]` -> `[tokens, experts]`; weight `[tasks, experts, width]`, zero at the start.
-    """
-
-    def __init__(self, width: int, num_experts: int, num_tasks: int) -> None:
-        super().__init__()
-        if num_tasks < 1:
-            raise ValueError(f"num_domains={num_tasks} must be at least 1")
-        self.num_experts = num_experts
-        self.weight = nn.Parameter(torch.zeros(num_tasks, num_experts, width))
-
-    def forward(self, x: Tensor, context: Context = NO_CONTEXT) -> Tensor:
-        return torch.einsum("tw,tew->te", x, self.weight.to(x.dtype)[task_of(context, len(self.weight))])
-
-
 class GatingResidual(Scorer):
     """Adds a map of the previous layer's logits, so that routers remember the path of a token.
 
@@ -207,13 +182,3 @@ class GatingResidual(Scorer):
                 f"give all layers the same experts"
             )
         return logits + F.linear(before, self.weight.to(logits.dtype))
-
-
-def task_of(context: Context, num_tasks: int) -> Tensor:
-    """Task of each token, `[tokens]` int64, or ValueError if it is missing or out of range."""
-    task = context.need("domain", "a router with one gate per task")
-    if task.numel() and not 0 <= int(task.min()) <= int(task.max()) < num_tasks:
-        raise ValueError(
-            f"Context.domain holds {int(task.max())} but there are {num_tasks} tasks, 0 to {num_tasks - 1}"
-        )
-    return task.long()

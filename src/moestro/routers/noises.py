@@ -6,11 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moestro.routing.context import NO_CONTEXT, Context
+
 
 class NoNoise(nn.Module):
     """Leaves the logits as they are."""
 
-    def forward(self, x: Tensor, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, x: Tensor, logits: Tensor, context: Context = NO_CONTEXT) -> tuple[Tensor, dict[str, Tensor]]:
         return logits, {}
 
 
@@ -33,7 +35,7 @@ class GaussianNoise(nn.Module):
         self.floor = floor
         self.weight = nn.Parameter(torch.zeros(num_experts, width))
 
-    def forward(self, x: Tensor, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, x: Tensor, logits: Tensor, context: Context = NO_CONTEXT) -> tuple[Tensor, dict[str, Tensor]]:
         if not self.training:
             return logits, {}
         std = F.softplus(F.linear(x, self.weight.to(x.dtype))) + self.floor
@@ -64,7 +66,7 @@ class FixedNoise(nn.Module):
             raise ValueError(f"noise of standard deviation {std} must be above 0; for none leave the noise out")
         self.std = std
 
-    def forward(self, x: Tensor, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, x: Tensor, logits: Tensor, context: Context = NO_CONTEXT) -> tuple[Tensor, dict[str, Tensor]]:
         if not self.training:
             return logits, {}
         noisy = logits + self.std * torch.randn_like(logits)
@@ -72,3 +74,30 @@ class FixedNoise(nn.Module):
 
     def extra_repr(self) -> str:
         return f"std={self.std}"
+
+
+class PerDomainNoise(nn.Module):
+    """`GaussianNoise` whose size has a map for every domain: `std = softplus(x W_domain(t)) + floor`.
+
+    Chen et al. 2023 (Mod-Squad). Weights `[domains, experts, width]` start at zero; needs `Context.domain`.
+
+    Args:
+        width: model width.
+        num_experts: number of experts.
+        num_domains: maps.
+        floor: smallest standard deviation.
+    """
+
+    def __init__(self, width: int, num_experts: int, num_domains: int, floor: float = 1e-2) -> None:
+        super().__init__()
+        self.floor = floor
+        self.weight = nn.Parameter(torch.zeros(num_domains, num_experts, width))
+
+    def forward(self, x: Tensor, logits: Tensor, context: Context = NO_CONTEXT) -> tuple[Tensor, dict[str, Tensor]]:
+        if not self.training:
+            return logits, {}
+        domain = context.need("domain", "noise for each domain")
+        size = torch.einsum("tw,mew->tme", x, self.weight.to(x.dtype))
+        std = F.softplus(size[torch.arange(len(x), device=x.device), domain]) + self.floor
+        noisy = logits + torch.randn_like(logits) * std
+        return noisy, {"noisy_logits": noisy, "noise_std": std}

@@ -18,6 +18,8 @@ class Select(nn.Module, ABC):
     Attributes:
         k: choices per token, or a bound for them where they vary.
         average: choices per token on average; k unless a rule says otherwise.
+        rivals: how many of a token's choices may meet in one expert's queue with others of other ranks; k unless
+            each rank has experts of its own.
         causal: whether later tokens cannot change what earlier ones choose.
         causal_evaluation: whether that holds in evaluation at least.
         batch_independent: whether a sequence's choices do not depend on the others of the batch.
@@ -25,6 +27,7 @@ class Select(nn.Module, ABC):
 
     k: int
     average: float | None = None
+    rivals: int | None = None
     causal: bool = True
     causal_evaluation: bool = False
     batch_independent: bool = True

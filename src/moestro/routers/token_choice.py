@@ -27,7 +27,7 @@ class TokenChoice(Router):
         weight = weigh(noisy, probs, chosen)     [tokens, k]
         kept   = capacity(chosen, weight)        who is dropped; weights stay as they are
 
-    Scorer, select and capacity also see the context. Padding (`Context.valid` False) is taken out before
+    Scorer, noise, select and capacity also see the context. Padding (`Context.valid` False) is taken out before
     capacity, so it fills no slot.
 
     Args:
@@ -35,7 +35,7 @@ class TokenChoice(Router):
         select: (scores, Context) -> Selection; has `k`.
         gate: logits -> probs.
         weigh: (noisy logits, probs, Selection) -> combine weights `[tokens, k]`.
-        noise: (x, logits) -> (noisy logits, notes).
+        noise: (x, logits, Context) -> (noisy logits, notes).
         capacity: (Selection, weights `[tokens, k]`, number of experts, Context) -> Selection.
 
     Raises:
@@ -61,15 +61,16 @@ class TokenChoice(Router):
         self.num_experts = scorer.num_experts
         select.check(self.num_experts)
         self.top_k = select.k if select.average is None else select.average
-        self.causal = scorer.causal and select.causal and self.capacity.causal(select.k)
+        rivals = select.k if select.rivals is None else select.rivals
+        self.causal = scorer.causal and select.causal and self.capacity.causal(rivals)
         evaluates = select.causal or select.causal_evaluation
-        self.causal_evaluation = scorer.causal and evaluates and self.capacity.causal_evaluation(select.k)
+        self.causal_evaluation = scorer.causal and evaluates and self.capacity.causal_evaluation(rivals)
         parts = (scorer, select, self.capacity)
         self.batch_independent = all(part.batch_independent for part in parts)
 
     def decide(self, x: Tensor, context: Context) -> Decision:
         logits = self.scorer(x, context)
-        noisy, notes = self.noise(x, logits)
+        noisy, notes = self.noise(x, logits, context)
         probs = self.gate(noisy)
         chosen: Selection = self.select(probs, context)
         weight = self.weigh(noisy, probs, chosen)
@@ -77,7 +78,7 @@ class TokenChoice(Router):
         chosen = chosen.restricted(None if valid is None else valid.unsqueeze(1))
         kept = self.capacity(chosen, weight, self.num_experts, context)
         routing = SparseRouting.from_choice(kept.index, weight, self.num_experts, kept.keep)
-        notes = {**context_notes(context), **notes, "choice": kept.index}
+        notes = {**context_notes(context), **notes, "choice": chosen.index}
         notes |= {} if wanted is None else {"wanted": wanted}
         notes |= {} if kept.keep is None else {"kept": kept.keep}
         return Decision(routing, logits, probs, notes)

@@ -88,3 +88,15 @@ class Renormalised:
         """Shapes: `[tokens, experts]` -> `[tokens, k]`."""
         weight = probs.gather(1, chosen.index)
         return self.scale * weight / (weight.sum(-1, keepdim=True) + self.epsilon)
+
+
+def renormalised_where_several(logits: Tensor, probs: Tensor, chosen: Selection) -> Tensor:
+    """Scores divided by their sum where a token has several experts, unchanged where it has one.
+
+    A single weight of 1 would give the router no gradient. Shapes: `[tokens, experts]` -> `[tokens, k]`.
+    """
+    weight = probs.gather(1, chosen.index)
+    if chosen.keep is None:
+        return weight / weight.sum(-1, keepdim=True) if chosen.k > 1 else weight
+    several = chosen.keep.sum(-1, keepdim=True) > 1
+    return weight / (weight * chosen.keep).sum(-1, keepdim=True).where(several, 1)
