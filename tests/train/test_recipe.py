@@ -37,6 +37,14 @@ def test_overrides_may_be_nested_or_dotted_and_win(recipe):
     assert (r.train.steps, r.train.clip, r.train.warmup_fraction, r.seed) == (6, 2.0, 0, 3)
 
 
+def test_another_method_leaves_the_options_of_the_first_behind(recipe):
+    text = "model: {method: mixtral, options: {balance: 0.5, top_k: 1}}\n"
+    assert recipe(text, {"model.method": "switch"}).model.options == {}
+    assert recipe(text, {"model.method": "mixtral"}).model.options == {"balance": 0.5, "top_k": 1}
+    assert recipe(text, {"model.options.top_k": 3}).model.options == {"balance": 0.5, "top_k": 3}
+    assert recipe(text, {"model": {"method": "switch", "options": {"jitter": 0.1}}}).model.options == {"jitter": 0.1}
+
+
 def test_an_option_such_as_1e_2_is_a_number_and_not_a_text():
     from moestro.train.yaml_source import _Loader
 

@@ -63,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: the words after `moestro`; default: those of this process.
     """
+    # Threads that wait sleep: beside a busy neighbour two spinning ones were 6 times slower (docs/log.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported, later than here
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words or os.environ.get("MOESTRO_DEBUG", "") not in ("", "0")
     words = [word for word in words if word != "--debug"]

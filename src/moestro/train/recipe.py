@@ -126,13 +126,15 @@ def load_recipe(path: str | Path | None = None, overrides: Mapping[str, Any] | N
     Args:
         path: a YAML file, the name of a shipped recipe such as `first`, or None for the default recipe.
         overrides: values that replace the file's, nested `{"train": {"steps": 5}}` or dotted `{"train.steps": 5}`.
+            Another method than the file's takes the file's options of its own method away.
 
     Raises RecipeError, one sentence that names the file, the line and the key, for an unknown key, a wrong type,
     a value out of range, an unknown method or an option that the method does not take.
     """
     source = read_yaml(_find(path))
     given = _nested(overrides or {})
-    recipe = _validated(_merged(source.values, given), _Places(source, given))
+    below = _without_foreign_options(source.values, given)
+    recipe = _validated(_merged(below, given), _Places(source, given))
     _check_method(recipe.model, _Places(source, given))
     return recipe
 
@@ -201,6 +203,16 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
         both = isinstance(old, Mapping) and isinstance(value, Mapping)
         result[key] = _merged(old, value) if both else value  # type: ignore[arg-type]
     return result
+
+
+def _without_foreign_options(values: Mapping[str, Any], given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The file's values; options that it gives its own method are not for the method that replaces it."""
+    model, above = values.get("model"), given.get("model")
+    if not isinstance(model, Mapping) or not isinstance(above, Mapping) or "method" not in above:
+        return values
+    if above["method"] == model.get("method", ModelSection.model_fields["method"].default):
+        return values
+    return {**values, "model": {key: value for key, value in model.items() if key != "options"}}
 
 
 def _validated(values: Mapping[str, Any], places: _Places) -> Recipe:
