@@ -22,6 +22,8 @@ from moestro.mixtures.mixture import Mixture
 from moestro.mixtures.numerics import Array, softmax_rows
 from moestro.mixtures.rows import Rows, Scaling, merge_repeats
 
+_TRIAL = 100  # iterations that every start gets; only the best goes on
+
 
 def _generative(estimator: Any) -> bool:
     return part(estimator.gate, GATES, "gate").generative
@@ -126,10 +128,7 @@ class MixtureOfExperts(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         scaling = self.scaling_ if previous else Scaling.of(x, target, weight, expert.target == "real")
         rows = self._rows(gate, expert, scaling, x, target, weight)
         fits = [self._continue(previous, rows)] if previous else self._restarts(gate, expert, branching, rows, used)
-        best = fits[0]
-        for fit in fits[1:]:  # a tie goes to the earlier start, so that rounding does not choose
-            if fit.path[-1] > best.path[-1] + self.tol * rows.total:
-                best = fit
+        best = self._go_on(self._best(fits, rows), rows)
         em.warn_about(best, rows, self.tol, self.max_iter)
         return self._keep(best, rows, scaling)
 
@@ -195,14 +194,36 @@ class MixtureOfExperts(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
 
     def _continue(self, previous: Mixture, rows: Rows) -> em.Fit:
         rng = check_random_state(self.random_state)
-        return self._run(previous, rows, rng, self._reporter("warm start"))
+        return self._run(previous, rows, rng, self._reporter("warm start"), self.max_iter)
+
+    def _best(self, fits: list[em.Fit], rows: Rows) -> em.Fit:
+        best = fits[0]
+        for fit in fits[1:]:  # a tie goes to the earlier start, so that rounding does not choose
+            if max(fit.path) > max(best.path) + self.tol * rows.total:
+                best = fit
+        return best
+
+    def _go_on(self, fit: em.Fit, rows: Rows) -> em.Fit:
+        """Finishes a start that was stopped early."""
+        if fit.converged or fit.num_steps >= self.max_iter:
+            return fit
+        rng, report = check_random_state(self.random_state), self._reporter("best start")
+        rest = self._run(fit.mixture, rows, rng, report, self.max_iter, fit.num_steps)
+        steps = fit.num_steps + rest.num_steps
+        return em.Fit(rest.mixture, [*fit.path[:-1], *rest.path], steps, rest.converged)
 
     def _run(
-        self, first: Mixture, rows: Rows, rng: np.random.RandomState, report: Callable[[int, float], None]
+        self,
+        first: Mixture,
+        rows: Rows,
+        rng: np.random.RandomState,
+        report: Callable[[int, float], None],
+        max_iter: int,
+        begin: int = 0,
     ) -> em.Fit:
         if self.algorithm == "gradient":
-            return gradient.run(first, rows, self.loss, self.tol, self.max_iter, report)
-        return em.run(em.ALGORITHMS[self.algorithm], first, rows, self.tol, self.max_iter, rng, report)
+            return gradient.run(first, rows, self.loss, self.tol, max_iter - begin, report)
+        return em.run(em.ALGORITHMS[self.algorithm], first, rows, self.tol, max_iter, rng, report, begin)
 
     def _restarts(
         self, gate: Gate, expert: Expert, branching: tuple[int, ...], rows: Rows, used: Array
@@ -222,7 +243,10 @@ class MixtureOfExperts(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
                 standard = rows.u if gate.generative else rows.u[:, 1:]
                 share = STARTS[kind](standard, rows, branching, run, rng)
             first = em.first_mixture(blank, rows, share, branching)
-            return self._run(first, rows, rng, self._reporter(f"start {run + 1}/{len(seeds)}"))
+            report = self._reporter(f"start {run + 1}/{len(seeds)}")
+            return self._run(
+                first, rows, rng, report, min(_TRIAL, self.max_iter) if len(seeds) > 1 else self.max_iter
+            )
 
         return Parallel(n_jobs=self.n_jobs)(delayed(one)(run, seed) for run, seed in enumerate(seeds))
 

@@ -36,7 +36,7 @@ class MixtureOfExpertsRegressor(RegressorMixin, MixtureOfExperts):
             their paths are minus the loss, their variances those of the errors under the gate.
         tol: stop when the mean objective changes by less.
         max_iter: most iterations per start.
-        n_init: number of starts; the best is kept.
+        n_init: number of starts; each runs 100 iterations at most and the best goes on.
         init: "segments", "subset", "random", "soft", "kmeans", "auto" (these in turn), or shares `[rows, experts]`
             of a single start.
         reg_covar: smallest variance of an expert, relative to the variance of y: the likelihood of a mixture of

@@ -240,12 +240,16 @@ class SkewTExpert(SkewExpert):
             return moved
         distance, now = self._distance(moved, rows.z, rows.y), moved["dof"]
         best = np.einsum("te,te->e", mass, self._log_standard(moved, distance))
-        for stretch in (1.5, 1.1, 1.02):
-            for factor in (stretch, 1 / stretch):
-                tried = np.clip(now * factor, 1.1, 100.0)
-                value = np.einsum("te,te->e", mass, self._log_standard({**moved, "dof": tried}, distance))
-                now, best = np.where(value > best, tried, now), np.maximum(value, best)
-        return {**moved, "dof": now}
+
+        def value(dof: Array) -> Array:
+            return np.einsum("te,te->e", mass, self._log_standard({**moved, "dof": dof}, distance))
+
+        above, below = value(now * 1.1), value(now / 1.1)
+        bend = above - 2 * best + below  # a parabola in log ν, or a long step where it has no top
+        with np.errstate(divide="ignore", invalid="ignore"):
+            stride = np.where(bend < 0, 0.5 * (below - above) / bend, 6 * np.sign(above - below))
+        tried = np.clip(now * 1.1 ** np.clip(stride, -6, 6), 1.1, 100.0)
+        return {**moved, "dof": np.where(value(tried) > best, tried, now)}
 
     def _standard_mean(self, params: Params) -> Array:
         dof = params["dof"]

@@ -110,12 +110,16 @@ def run(
     max_iter: int,
     rng: np.random.RandomState,
     report: Callable[[int, float], None],
+    begin: int = 0,
 ) -> Fit:
-    """Iterates until the mean objective changes by less than tol; returns the best mixture seen."""
+    """Iterates until the mean objective changes by less than tol; returns the best mixture seen.
+
+    `begin` is the number of iterations that earlier runs have made.
+    """
     effort = replace(algorithm.effort, enough=0.1 * tol * rows.total)
     path: list[float] = []
-    best, best_value, best_at, converged = mixture, -np.inf, 0, False
-    for iteration in range(max_iter + 1):
+    best, best_value, best_at, converged = mixture, -np.inf, begin, False
+    for iteration in range(begin, max_iter + 1):
         value, share = algorithm.e_step(mixture.joint(rows.u, rows.z, rows.y), iteration, rng)
         objective = float(rows.weight @ value) - mixture.penalty(rows)
         path.append(objective)
@@ -124,7 +128,7 @@ def run(
             best, best_value, best_at = mixture, objective, iteration
         if algorithm.stall is not None:
             converged = iteration - best_at >= algorithm.stall
-        elif iteration >= algorithm.patience:
+        elif iteration >= max(algorithm.patience, begin + 1):
             converged = abs(objective - path[-2]) < tol * rows.total
         if converged or iteration == max_iter:
             break
