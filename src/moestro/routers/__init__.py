@@ -26,6 +26,7 @@ from moestro.routers.fixed import HashRouter
 from moestro.routers.gates import LearnedTemperature, Standardised, relu, sigmoid, softmax
 from moestro.routers.gating_dropout import SkipLayer, StayLocal
 from moestro.routers.groupings import GroupSoftmax, OnePerGroup, SampledTail
+from moestro.routers.hierarchical import TwoLevelNoisy
 from moestro.routers.learned_scorers import (
     AttentionAcrossExperts,
     BlockMeans,
@@ -40,6 +41,7 @@ from moestro.routers.noises import FixedNoise, GaussianNoise, NoNoise, PerDomain
 from moestro.routers.scorers import Biased, InputJitter, Linear, Scorer
 from moestro.routers.selects import BiasedSelection, GroupLimitedTopK, RandomSecond, TopK
 from moestro.routers.soft import SoftSlots
+from moestro.routers.straight_through import DenseGradient, SparseMixer
 from moestro.routers.token_choice import TokenChoice
 from moestro.routers.transports import BalancedAssignment, SinkhornInTraining
 from moestro.routers.varying import CloseSecond, Positive, TopP
@@ -64,6 +66,7 @@ __all__ = [
     "CloseSecond",
     "Cosine",
     "DSelectK",
+    "DenseGradient",
     "DropByPosition",
     "DropByPositionPerExpert",
     "DropByPriority",
@@ -98,11 +101,13 @@ __all__ = [
     "SkipLayer",
     "SoftSlots",
     "SoftmaxMix",
+    "SparseMixer",
     "Standardised",
     "StayLocal",
     "TokenChoice",
     "TopK",
     "TopP",
+    "TwoLevelNoisy",
     "TwoLevels",
     "WeighsInputs",
     "Wrapped",
