@@ -3,6 +3,7 @@
 from moestro.mixtures.classifier import MixtureOfExpertsClassifier
 from moestro.mixtures.ensemble import GatedEnsembleClassifier, GatedEnsembleRegressor
 from moestro.mixtures.gp import DistributedGPRegressor
+from moestro.mixtures.online import OnlineMixtureOfExpertsRegressor
 from moestro.mixtures.regressor import MixtureOfExpertsRegressor
 from moestro.mixtures.selection import align_experts, select_n_experts
 
@@ -12,6 +13,7 @@ __all__ = [
     "GatedEnsembleRegressor",
     "MixtureOfExpertsClassifier",
     "MixtureOfExpertsRegressor",
+    "OnlineMixtureOfExpertsRegressor",
     "align_experts",
     "select_n_experts",
 ]

@@ -1,0 +1,62 @@
+"""The mixture that learns row by row."""
+
+import warnings
+
+import numpy as np
+import pytest
+from oracles.planted_mixtures import crossing_lines
+from sklearn.utils.estimator_checks import check_estimator
+
+from moestro.mixtures import MixtureOfExpertsRegressor, OnlineMixtureOfExpertsRegressor
+
+
+def test_hme_online_one_pass_comes_within_a_percent_of_em():
+    for seed in range(2):
+        x, y = crossing_lines(seed, n=6000)
+        batch = MixtureOfExpertsRegressor(2, random_state=0, n_init=2).fit(x, y)
+        online = OnlineMixtureOfExpertsRegressor(2, n_passes=1, random_state=0).fit(x, y)
+        assert online.log_likelihood(x, y) > 1.01 * batch.loglik_
+        assert online.n_seen_ == 6000
+
+
+def test_hme_online_one_expert_is_ridge_regression():
+    x, y = crossing_lines(0, n=300)
+    model = OnlineMixtureOfExpertsRegressor(1, n_passes=1, forgetting=1.0, prior=4.0, random_state=0).fit(x, y)
+    z = np.column_stack([np.ones(300), model.scaling_.x(x)])
+    start = (
+        0.5 * np.random.RandomState(0).standard_normal((1, 2, 1))[0, :, 0]
+    )  # a ridge towards the first coefficients
+    inner = z.T @ z + np.eye(2) / 4.0
+    expected = np.linalg.solve(inner, z.T @ model.scaling_.y(y[:, None])[:, 0] + start / 4.0)
+    np.testing.assert_allclose(model.mixture_.expert_params["coef"][0, :, 0], expected, atol=1e-8)
+
+
+def test_calls_of_partial_fit_are_one_pass():
+    x, y = crossing_lines(0, n=200)
+    whole = OnlineMixtureOfExpertsRegressor(branching=(2, 2), random_state=0).partial_fit(x, y)
+    parts = OnlineMixtureOfExpertsRegressor(branching=(2, 2), random_state=0).partial_fit(x[:120], y[:120])
+    unit = parts.scaling_
+    parts.partial_fit(x[120:], y[120:])
+    assert parts.scaling_ is unit  # the first rows set the units
+    assert parts.n_seen_ == whole.n_seen_ == 200
+    np.testing.assert_allclose(parts.gate_proba(x).sum(1), 1.0)
+    np.testing.assert_allclose(parts.predict(x), whole.predict(x), atol=1.5)
+
+
+def test_several_outputs():
+    x, y = crossing_lines(0, n=500)
+    model = OnlineMixtureOfExpertsRegressor(2, random_state=0).fit(x, np.column_stack([y, -y]))
+    np.testing.assert_allclose(model.predict(x)[:, 0], -model.predict(x)[:, 1], atol=0.2)
+
+
+@pytest.mark.parametrize("options", [{"n_passes": 0}, {"forgetting": 0.0}, {"forgetting": 1.1}, {"prior": 0.0}])
+def test_a_bad_option_is_refused(options):
+    with pytest.raises(ValueError, match=r"must be at least 1, forgetting=.* in \(0, 1\]"):
+        OnlineMixtureOfExpertsRegressor(**options).fit(*crossing_lines(0, n=20))
+
+
+def test_scikit_learn_finds_no_fault():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        results = check_estimator(OnlineMixtureOfExpertsRegressor(), on_fail=None)
+    assert [(r["check_name"], r["exception"]) for r in results if r["status"] == "failed"] == []
