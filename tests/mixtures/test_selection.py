@@ -116,6 +116,18 @@ def test_summary_shows_estimates_and_errors():
     assert "expert_coef[1, 0, 0]" in fitted.summary()
 
 
+def test_identifiability_the_bootstrap_agrees_with_the_information():
+    x, y = crossing_lines(0, n=600)
+    fitted = MixtureOfExpertsRegressor(2, random_state=0).fit(x, y)
+    exact = fitted.standard_errors(x, y)
+    drawn = fitted.standard_errors(x, y, method="bootstrap", n_resamples=60)
+    np.testing.assert_allclose(drawn["expert_coef_"], exact["expert_coef_"], rtol=0.5)
+    robust = MixtureOfExpertsRegressor(1, expert="laplace").fit(x, y)
+    assert 0 < robust.standard_errors(x, y, method="bootstrap", n_resamples=20)["expert_coef_"][0, 0, 0] < 1
+    with pytest.raises(ValueError, match="method='jackknife' is unknown"):
+        fitted.standard_errors(x, y, method="jackknife")
+
+
 def test_kinked_densities_have_no_information_matrix():
     x, y = crossing_lines(0, n=100)
     with pytest.raises(ValueError, match="kinked density"):

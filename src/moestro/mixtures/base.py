@@ -402,13 +402,28 @@ class MixtureOfExperts(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
 
     # ------------------------------------------------------------ parameters
 
-    def standard_errors(self, X: Any, y: Any, sample_weight: Any = None) -> dict[str, Array]:
-        """Standard errors of the fitted attributes, by name, from the observed information on the given rows.
+    def standard_errors(
+        self, X: Any, y: Any, sample_weight: Any = None, *, method: str = "oim", n_resamples: int = 100
+    ) -> dict[str, Array]:
+        """Standard errors of the fitted attributes, by name, on the given rows.
+
+        "oim" inverts the observed information. "bootstrap" refits resampled rows from the fitted shares and spreads
+        the results, experts matched by Hungarian assignment of their shares; it serves kinked densities too.
 
         The information is that of the (penalised) log-likelihood, so that the uncertainty about who explains
         what is counted. Infinite where the likelihood is flat. Trees answer for their experts only.
         """
-        return errors.attribute_errors(self.mixture_, self._rows_of(X, y, sample_weight), self.scaling_)
+        if method not in ("oim", "bootstrap"):
+            raise ValueError(f"method={method!r} is unknown; pass oim or bootstrap")
+        rows = self._rows_of(X, y, sample_weight)
+        if method == "oim":
+            return errors.attribute_errors(self.mixture_, rows, self.scaling_)
+        rng = check_random_state(self.random_state)
+
+        def refit(resampled: Rows) -> Mixture:
+            return self._run(self.mixture_, resampled, rng, lambda iteration, value: None, self.max_iter).mixture
+
+        return errors.bootstrap_errors(self.mixture_, rows, self.scaling_, refit, n_resamples, rng)
 
     def summary(self, X: Any = None, y: Any = None, sample_weight: Any = None) -> str:
         """A table of the parameters; with X and y also of standard errors, AIC, BIC and ICL."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from scipy.optimize import linear_sum_assignment
 
 from moestro.mixtures.mixture import Mixture
-from moestro.mixtures.numerics import Array
+from moestro.mixtures.numerics import Array, softmax_rows
 from moestro.mixtures.rows import Rows, Scaling
 
 
@@ -17,7 +20,9 @@ def covariance(mixture: Mixture, rows: Rows) -> Array:
     Directions in which the likelihood is flat or not concave get infinite variance.
     """
     if not mixture.expert.smooth:
-        raise ValueError(f"{mixture.expert!r} has a kinked density without information matrix; use the bootstrap")
+        raise ValueError(
+            f"{mixture.expert!r} has a kinked density without information matrix; pass method='bootstrap'"
+        )
     center = mixture.free()
     information = np.empty((len(center), len(center)))
     for k in range(len(center)):
@@ -58,6 +63,35 @@ def attribute_errors(mixture: Mixture, rows: Rows, scaling: Scaling) -> dict[str
         variance[(np.abs(wide[flat]) > 1e-9).any(0)] = np.inf
         found[name] = np.sqrt(np.maximum(variance, 0.0)).reshape(jacobian.shape[1:])
     return found
+
+
+def bootstrap_errors(
+    mixture: Mixture,
+    rows: Rows,
+    scaling: Scaling,
+    refit: Callable[[Rows], Mixture],
+    num_resamples: int,
+    rng: np.random.RandomState,
+) -> dict[str, Any]:
+    """Standard deviations of the attributes over refits to rows drawn with replacement, by weight.
+
+    Experts of a flat mixture are matched to the original by shared responsibility on all rows.
+    """
+    share = softmax_rows(mixture.joint(rows.u, rows.z, rows.y))[1] * rows.weight[:, None]
+    chance = rows.weight / rows.total
+    tree = mixture.gate.hierarchical and len(mixture.gate_params["coef"]) > 1  # leaves keep their places
+    found: dict[str, list[Array]] = {}
+    for _ in range(num_resamples):
+        drawn = rng.multinomial(round(rows.total), chance).astype(np.float64)
+        used = drawn > 0
+        part = replace(rows, u=rows.u[used], z=rows.z[used], y=rows.y[used], weight=drawn[used])
+        other = refit(part)
+        order = linear_sum_assignment(-share.T @ softmax_rows(other.joint(rows.u, rows.z, rows.y))[1])[1]
+        if not tree and (order != np.arange(len(order))).any():
+            other = other.permute(order)
+        for name, value in attributes(other, scaling).items():
+            found.setdefault(name, []).append(value)
+    return {name: np.std(values, axis=0, ddof=1) for name, values in found.items()}
 
 
 def attributes(mixture: Mixture, scaling: Scaling) -> dict[str, Array]:
