@@ -204,6 +204,17 @@ def test_routers_vision_study_plans_choose_and_softmax_weighs(chooser, affinity)
     assert not matrix[~valid].any()
 
 
+def test_routers_vision_study_padding_has_no_part_in_the_plan():
+    moe, x = layer("routers-vision-study", chooser="token", affinity="sinkhorn", top_k=1), tokens(60) + 1
+    valid = torch.arange(60) < 20
+    assert_close(matrix_of(moe, x, valid=valid)[:20], matrix_of(moe, x[:20]))
+    select, scores = moe.router.select, torch.rand(60, 4, dtype=torch.float64)
+    scores[20:, 0] = 50.0  # padding may score anything
+    alone = select(scores[:20]).index
+    assert torch.equal(select(scores, Context(valid=valid)).index[:20], alone)
+    assert not torch.equal(select(scores).index[:20], alone)
+
+
 def test_routers_vision_study_sinkhorn_evens_the_load_and_sees_all_tokens():
     x = tokens(64) + 1
     plain, planned = (layer("routers-vision-study", chooser="token", affinity=a) for a in ("softmax", "sinkhorn"))

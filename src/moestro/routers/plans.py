@@ -68,9 +68,8 @@ def sinkhorn(scores: Tensor, iterations: int = 20) -> Tensor:
     log_plan = scores.double()
     if not log_plan.numel():
         return log_plan
-    log_share = math.log(scores.shape[0] / scores.shape[1])
-    for _ in range(iterations):
-        log_plan = log_plan - log_plan.logsumexp(0, keepdim=True) + log_share
+    for _ in range(iterations):  # even columns of any sum: the rows set the scale
+        log_plan = log_plan - log_plan.logsumexp(0, keepdim=True)
         log_plan = log_plan - log_plan.logsumexp(1, keepdim=True)
     return log_plan.exp()
 

@@ -7,10 +7,11 @@ from dataclasses import replace
 import torch
 
 from moestro.routers.base import Router
+from moestro.routers.wrapped import Wrapped
 from moestro.routing import Context, Decision, SparseRouting
 
 
-class Rerouted(Router):
+class Rerouted(Wrapped):
     """Sends whole calls to other experts with a small probability; in training only.
 
         expert <- (expert + shift) mod E,   shift ~ U{1 .. E - 1}, one draw per call        Fan et al. 2021
@@ -24,12 +25,10 @@ class Rerouted(Router):
     """
 
     def __init__(self, router: Router, probability: float) -> None:
-        super().__init__()
+        super().__init__(router)
         if not 0 <= probability <= 1:
             raise ValueError(f"reroute={probability} is a probability; pass 0 to 1")
-        self.router, self.probability = router, probability
-        self.num_experts, self.top_k = router.num_experts, router.top_k
-        self.causal, self.batch_independent = router.causal, router.batch_independent
+        self.probability = probability
 
     def decide(self, x: torch.Tensor, context: Context) -> Decision:
         decision = self.router.decide(x, context)
