@@ -24,7 +24,8 @@ def first_choices(chosen):
 
 
 @entry("switch-ntlb")
-def test_switch_ntlb_retries_as_written(method):
+@pytest.mark.parametrize("seed", range(5))
+def test_switch_ntlb_retries_as_written(method, seed):
     def slow(x, p):
         probs = [share(x[t] @ p["scorer.scorer.weight"].T) for t in range(len(x))]
         chosen, used, rows = [best(q, 4) for q in probs], [0] * 4, [{} for _ in x]
@@ -36,7 +37,9 @@ def test_switch_ntlb_retries_as_written(method):
                     used[e] += 1
         return rows, {"balance": counts_times_probability(probs, chosen, 4 * len(x))}
 
-    decision = same_routing(lively(method, num_experts=4, eval_capacity_factor=1.0).eval(), slow, tokens(16))
+    moe = lively(method, num_experts=4, eval_capacity_factor=1.0, seed=seed).eval()
+    moe.router.scorer.scorer.weight.data[:2] += 1.5 * tokens(1, seed=seed)  # two experts agree, and fill up
+    decision = same_routing(moe, slow, tokens(16, seed=seed))
     assert decision.routing.load().tolist() == [4] * 4, "capacity 1 and all passes place every token"
 
 

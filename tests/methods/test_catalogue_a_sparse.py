@@ -11,10 +11,11 @@ from torch.testing import assert_close
 import moestro
 from moestro.balance import CommunicationBalance, RoutingLog
 from moestro.balance.smooth import softmax_importance_cv_squared, threshold_load_cv_squared
+from moestro.routers import DropByPositionPerExpert
 from moestro.routers.assignment import balanced_assignment
 from moestro.routers.dselect import smooth_step
 from moestro.routers.transports import converged_sinkhorn
-from moestro.routing import Context
+from moestro.routing import Context, Selection
 
 ONE = torch.ones((), dtype=torch.float64)
 
@@ -213,6 +214,11 @@ def test_moe_plus_plus_free_experts_have_more_slots(method):
     unit = 0.5 * 2 * 100 / (0.75 * 8 + 3)
     assert int(load[:8].max()) <= math.ceil(0.75 * unit)
     assert int(load[8:].max()) <= math.ceil(unit)
+    drop = DropByPositionPerExpert(lambda total: [1, total // 2])
+    kept = drop(Selection(torch.tensor([[0], [1]] * 4)), torch.ones(8, 1), 2, Context()).keep
+    assert kept.flatten().tolist() == [True, True, False, True, False, True, False, True]
+    kept = drop(Selection(torch.tensor([[1]] * 8)), torch.ones(8, 1), 2, Context()).keep
+    assert int(kept.sum()) == 4
 
 
 @entry("moe-plus-plus")

@@ -43,9 +43,9 @@ def sample_options(method: Method, num_experts: int) -> dict[str, object]:
     return options
 
 
-def fits(method: Method, num_experts: int, width: int = 6) -> bool:
+def fits(method: Method, num_experts: int, width: int = 6, **options: object) -> bool:
     try:
-        make(method, num_experts=num_experts, width=width)
+        make(method, num_experts=num_experts, width=width, **options)
     except ValueError:  # two choices among one expert, or more experts than places
         return False
     return True
@@ -129,10 +129,11 @@ def test_layer_equals_the_loop(
     settings = CASES[case]
     num_experts = settings.get("experts", 4)
     width, hidden = settings.get("width", 6), settings.get("hidden", 5)
-    if not fits(method, num_experts, width):
-        assert num_experts == 1 or width < num_experts, "only one expert, or a narrow layer, may be too few"
-        return
     options = {"top_k": num_experts} if "every" in settings and "top_k" in method.options else {}
+    if not fits(method, num_experts, width, **options):
+        small = num_experts == 1 or width < num_experts or options
+        assert small, "only one expert, a narrow layer or a choice of all experts may be refused"
+        return
     moe = make(method, num_experts, width, hidden, kernel, dtype, **options)
     tokens = settings["tokens"]
     x = torch.randn(tokens, width, dtype=dtype, requires_grad=True)

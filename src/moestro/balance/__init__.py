@@ -13,6 +13,7 @@ from moestro.balance.losses import (
     load_times_probability,
     z_loss,
 )
+from moestro.balance.quantile import QuantileBias
 from moestro.balance.selectors import selector_entropy
 from moestro.balance.smooth import softmax_importance_cv_squared, threshold_load_cv_squared
 from moestro.balance.sparsity import AtTemperature, DearExperts, LoadWeightedL1, router_entropy
@@ -41,6 +42,7 @@ __all__ = [
     "Locality",
     "LossFreeBias",
     "PlaceBalance",
+    "QuantileBias",
     "RoutingLog",
     "SequenceBalance",
     "TaskInformation",
