@@ -144,3 +144,9 @@ def test_progress_is_printed(capsys):
     x, y = crossing_lines(0, n=50)
     MixtureOfExpertsRegressor(verbose=1, n_init=1, tol=1e-3).fit(x, y)
     assert "start 1/1, iteration 0: mean objective" in capsys.readouterr().out
+
+
+def test_experts_of_positive_targets_are_no_transformers():
+    assert not hasattr(MixtureOfExpertsRegressor(expert="gamma"), "transform")
+    assert not hasattr(MixtureOfExpertsRegressor(expert="gamma"), "fit_transform")
+    assert hasattr(MixtureOfExpertsRegressor(), "fit_transform")

@@ -478,5 +478,6 @@ class MixtureOfExperts(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         return other
 
 
-# scikit-learn replaces `transform` when the class is made, so its condition can only be put on afterwards
-MixtureOfExperts.transform = available_if(_fits_any_target)(MixtureOfExperts.transform)  # type: ignore[method-assign]
+# scikit-learn replaces these two when the class is made, so their condition can only be put on afterwards
+for _name in ("transform", "fit_transform"):
+    setattr(MixtureOfExperts, _name, available_if(_fits_any_target)(getattr(MixtureOfExperts, _name)))

@@ -157,7 +157,7 @@ class SkewExpert(Expert):
 
 
 def _solve_delta(spread: Array, cross: Array, square: Array) -> Array:
-    """Root in (-1, 1) of `-spread δ³ + cross δ² + (spread - square) δ + cross`, for all experts: bisection, then Newton."""
+    """Root in (-1, 1) of `-spread δ³ + cross δ² + (spread - square) δ + cross`: bisection, then Newton."""
     low, high = np.full(len(spread), -_MOST_SKEW), np.full(len(spread), _MOST_SKEW)
     for _ in range(24):
         middle = 0.5 * (low + high)
