@@ -16,3 +16,14 @@ def test_every_python_block_runs(page: str, capsys: pytest.CaptureFixture[str]) 
     for block in blocks:
         exec(compile(block, page, "exec"), scope)
     assert "balance loss x" in capsys.readouterr().out
+
+
+def test_the_page_of_methods_is_the_registry() -> None:
+    import moestro
+    from moestro.cli.methods import method_facts, methods_page
+
+    ours = [method for method in moestro.all_methods().values() if "moestro/methods/" in method.file]
+    page = (DOCS / "methods.md").read_text()
+    assert page == methods_page([method_facts(method) for method in ours]), (
+        "run: moestro methods --markdown > docs/methods.md"
+    )
