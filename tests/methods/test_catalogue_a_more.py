@@ -528,3 +528,11 @@ def test_smile_with_one_level_is_switch(method, num_nodes):
     x = tokens()
     assert_close(moe.route(x).routing.combine_matrix().amax(1), switch.route(x).probs.amax(1))
     assert torch.equal(moe.route(x).notes["choice"], switch.route(x).notes["choice"])
+
+
+@entry("adaptive-gating")
+def test_adaptive_gating_without_a_margin_still_takes_both_of_a_tie(method):
+    moe = lively(method, margin=0.0)
+    torch.nn.init.zeros_(moe.router.scorer.weight)
+    matrix = moe.route(tokens()).routing.combine_matrix()
+    assert_close(matrix, torch.tensor([0.5, 0.5, 0, 0, 0, 0, 0, 0], dtype=torch.float64).expand(12, 8))
