@@ -4,6 +4,7 @@ import pytest
 import torch
 from oracles.tiny_models import CAUSAL_METHODS, tiny_model
 
+from moestro.experts import make_experts
 from moestro.methods import all_methods
 from moestro.models import LatentAttention, build_language_model
 
@@ -30,7 +31,11 @@ def test_experts_go_where_they_are_asked_for(arguments, layers):
 
 
 @pytest.mark.parametrize("name", sorted(set(all_methods()) - set(CAUSAL_METHODS)))
-def test_methods_that_look_ahead_are_refused_with_the_reason(name):
+def test_methods_that_look_ahead_even_in_evaluation_are_refused_with_the_reason(name):
+    layer = all_methods()[name].build(make_experts(8, SIZES["width"], 8))
+    if layer.causal_evaluation:  # base-layers and others have a causal rule for evaluation
+        assert build_language_model(**SIZES, method=name).blocks[0].moe is not None
+        return
     with pytest.raises(ValueError, match=f"{name} is not causal: later tokens change"):
         build_language_model(**SIZES, method=name)
 
@@ -90,10 +95,12 @@ def test_the_stored_config_rebuilds_the_model():
 def test_experts_and_dense_layers_start_alike_and_routers_as_their_method_says():
     model = build_language_model(**(SIZES | {"width": 128}), first_dense=1, num_experts=4, seed=0)
     dense, moe = model.blocks[0].ffn, model.blocks[1].moe
-    for name, std in (("gate", 0.02), ("up", 0.02), ("down", 0.02 / 8**0.5)):
-        for weight in (getattr(dense, name), getattr(moe.experts, name)):
-            assert weight.std().item() == pytest.approx(std, rel=0.05)
-    assert model.blocks[0].attention.output.weight.std().item() == pytest.approx(0.02 / 8**0.5, rel=0.05)
+    for layer in (dense, moe.experts):
+        assert layer.gate.std().item() == pytest.approx(1 / 16, rel=0.05)  # 1 / sqrt(2 * 128)
+        assert layer.up.std().item() == pytest.approx(1 / 16, rel=0.05)
+        assert not layer.down.any(), "what writes into the residual stream starts at zero"
+    assert not model.blocks[0].attention.output.weight.any()
+    assert model.embedding.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert moe.router.scorer.weight.std().item() == pytest.approx(0.0176, rel=0.1)  # normal(0.02) cut at two sigma
     zero = build_language_model(**SIZES, method="shazeer-noisy-topk").blocks[0].moe.router
     assert not zero.scorer.weight.any()

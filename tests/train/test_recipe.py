@@ -42,7 +42,9 @@ def test_another_method_leaves_the_options_of_the_first_behind(recipe):
     assert recipe(text, {"model.method": "switch"}).model.options == {}
     assert recipe(text, {"model.method": "mixtral"}).model.options == {"balance": 0.5, "top_k": 1}
     assert recipe(text, {"model.options.top_k": 3}).model.options == {"balance": 0.5, "top_k": 3}
-    assert recipe(text, {"model": {"method": "switch", "options": {"jitter": 0.1}}}).model.options == {"jitter": 0.1}
+    assert recipe(text, {"model": {"method": "switch", "options": {"jitter": 0.1}}}).model.options == {
+        "jitter": 0.1
+    }
 
 
 def test_an_option_such_as_1e_2_is_a_number_and_not_a_text():

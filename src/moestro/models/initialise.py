@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-
-from torch import nn
+from torch import Tensor, nn
 
 from moestro.experts import GLU, MLP, FeedForward
 from moestro.models.attention import GroupedQueryAttention
@@ -12,25 +10,30 @@ from moestro.models.decoder import DecoderLM
 from moestro.models.latent import LatentAttention
 
 
-def initialise(model: DecoderLM, std: float = 0.02) -> None:
+def initialise(model: DecoderLM, embedding_std: float = 0.02) -> None:
     """Draw all weights but those of routers, which their methods initialise.
 
-    Matrices are normal(0, std); those that write into the residual stream normal(0, std / sqrt(2 layers))
-    (Radford et al. 2019). Stacked experts, shared experts and dense layers are drawn alike.
+    Matrices are normal(0, 1/sqrt(2 inputs)). Those that write into the residual stream start at zero, so that every
+    layer begins as the identity and experts add nothing before they have learned (docs/log.md has the figures).
+    Stacked experts, shared experts and dense layers are drawn alike.
+
+    Args:
+        model: with weights to be replaced.
+        embedding_std: of embedding and head, normal(0, std).
     """
-    residual_std = std / math.sqrt(2 * len(model.layers))
-    nn.init.normal_(model.embedding.weight, std=std)
-    nn.init.normal_(model.head.weight, std=std)
+    nn.init.normal_(model.embedding.weight, std=embedding_std)
+    nn.init.normal_(model.head.weight, std=embedding_std)
     for module in model.layers.modules():
         if isinstance(module, GroupedQueryAttention | LatentAttention):
-            _draw(module, std, residual_std, residual="output.weight")
+            for name, parameter in module.named_parameters():
+                _draw(name, parameter, inputs=parameter.shape[-1], residual="output.weight")
         if isinstance(module, GLU | MLP | FeedForward):
-            _draw(module, std, residual_std, residual="down")
+            for name, parameter in module.named_parameters():
+                _draw(name, parameter, inputs=parameter.shape[-2] if parameter.dim() > 1 else 1, residual="down")
 
 
-def _draw(module: nn.Module, std: float, residual_std: float, residual: str) -> None:
-    for name, parameter in module.named_parameters():
-        if name.endswith("bias"):
-            nn.init.zeros_(parameter)
-        elif "norm" not in name:
-            nn.init.normal_(parameter, std=residual_std if name == residual else std)
+def _draw(name: str, parameter: Tensor, inputs: int, residual: str) -> None:
+    if name == residual or name.endswith("bias"):
+        nn.init.zeros_(parameter)
+    elif "norm" not in name:
+        nn.init.normal_(parameter, std=(2 * inputs) ** -0.5)

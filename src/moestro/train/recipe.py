@@ -75,7 +75,7 @@ class TrainSection(Section):
     steps: int = Field(400, ge=1, description="optimiser steps")
     batch_size: int = Field(16, ge=1, description="sequences in an optimiser step")
     accumulate: int = Field(1, ge=1, description="micro-batches that the batch is split into")
-    learning_rate: float = Field(3e-3, gt=0, description="peak learning rate")
+    learning_rate: float = Field(1.2e-3, gt=0, description="peak learning rate")
     schedule: Literal["cosine", "wsd", "constant"] = Field("cosine", description="learning rate after warm-up")
     warmup_fraction: float = Field(0.1, ge=0, lt=1, description="share of the steps that warms up linearly")
     decay_fraction: float = Field(0.2, gt=0, le=1, description="wsd: share of the steps that decays")
