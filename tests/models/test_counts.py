@@ -8,8 +8,29 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moestro.models import build_language_model, dense_twin_hidden
 
+# methods that run another number of experts than their nominal k, or whose routers compute more than one product
+NOMINAL = {
+    "adaptive-gating",
+    "automoe",
+    "dselect-k",
+    "dynamic-top-p",
+    "hypermoe",
+    "locmoe",
+    "m6t-prototyping",
+    "mixture-of-tokens",
+    "moe-plus-plus",
+    "omni-smola",
+    "peer",
+    "remoe",
+    "residual-moe",
+    "shazeer-hierarchical",
+    "smile",
+    "stablemoe",
+    "task-based-moe",
+    "task-moe",
+}
 MODELS = {
-    **{str(name): {"method": name} for name in (None, *CAUSAL_METHODS)},
+    **{str(name): {"method": name} for name in (None, *CAUSAL_METHODS) if name not in NOMINAL},
     "switch": {"method": "switch", "options": {"eval_capacity_factor": 8.0}},  # no drops, which would save FLOPs
     "mixed": {"first_dense": 1, "every": 2, "tied_embeddings": False, "num_kv_heads": 2, "activation": "relu"},
     "normed": {"qk_norm": True, "activation": "geglu"},

@@ -66,7 +66,9 @@ def test_autocast_keeps_the_residual_stream_in_float32():
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(tokens_for(model))
     assert (seen, logits.dtype) == ([torch.float32], torch.bfloat16)
-    assert_close(logits.float(), model(tokens_for(model)), atol=0.1, rtol=0.1)
+    exact = model(tokens_for(model))
+    close = (logits.float() - exact).norm() / exact.norm()  # a token near a tie may take another expert
+    assert close < 0.1
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,8 @@ def count_flops_per_token(model: DecoderLM, length: int) -> int:
     The convention of `torch.utils.flop_counter`: a multiplication and an addition are two, matrix products alone
     count, and attention counts every pair of positions although half of them are masked. (On CPU that counter
     does not know the fused attention and grouped matmul; with `SDPBackend.MATH` and kernel="loop" it sees all.)
+    Routers count one product per matrix and experts `top_k` times: an estimate for methods whose number of experts
+    varies by token or whose routers compute more (ReLU and top-p routing, hypernetworks, two-level gates).
     """
     flops = 2 * model.head.weight.numel()
     for block in model.blocks:
