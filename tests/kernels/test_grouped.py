@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from moestro.kernels import all_backends, grouped_matmul
+from moestro.kernels.rounded import round_up
 
 BACKENDS = all_backends()
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -104,3 +105,9 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         grouped_matmul(rows, weight, offsets[:2])
     with pytest.raises(ValueError, match="choose one of auto"):
         grouped_matmul(rows, weight, offsets, "fastest")
+
+
+def test_rounding_wastes_at_most_an_eighth_and_meets_few_shapes() -> None:
+    sizes = [round_up(count) for count in range(1, 4097)]
+    assert all(count <= size <= count * 9 / 8 for count, size in enumerate(sizes, 1))
+    assert len(set(sizes)) == 16 + 8 * 8

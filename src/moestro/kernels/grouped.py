@@ -45,7 +45,7 @@ def grouped_matmul(rows: Tensor, weight: Tensor, offsets: Tensor, backend: str =
         rows: grouped by expert, `[rows, width]`.
         weight: one matrix per expert, `[experts, width, out]`.
         offsets: where groups begin, rising from 0 to `rows`, `[experts + 1]` int64.
-        backend: `loop`, `padded`, `native`, or `auto`, which takes what was measured fastest for the device.
+        backend: `loop`, `padded`, `native`, `rounded`, or `auto`, which takes the one measured fastest.
 
     Returns: `[rows, out]`.
 
@@ -62,7 +62,9 @@ def grouped_matmul(rows: Tensor, weight: Tensor, offsets: Tensor, backend: str =
 
 def _fastest(rows: Tensor) -> str:
     """The back end for these rows; `benchmarks/kernels.py` measures the choice."""
-    return "loop" if rows.dtype == torch.float64 else "native"
+    if rows.dtype == torch.float64:
+        return "loop"
+    return "rounded" if rows.device.type == "cpu" and rows.dtype != torch.float32 else "native"
 
 
 def _check(rows: Tensor, weight: Tensor, offsets: Tensor) -> None:
