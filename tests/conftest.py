@@ -4,6 +4,7 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = os.environ.get("MOESTRO_TEST_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.pop("COLUMNS", None)  # parallel workers set it, and the command would wrap its lines
 
 import pytest
 import torch

@@ -54,7 +54,7 @@ assert "pydantic" not in sys.modules
         (["tokenise"], ["'tokenise'", "there are train, generate"]),
         (["train", "--steps", "abc"], ["--steps", "'abc'", "whole number", "--steps 400"]),
         (["train", "--steps", "3.5"], ["--steps", "'3.5'", "whole number"]),
-        (["train", "--train.learning-rate", "x"], ["a number", "--train.learning-rate 0.003"]),
+        (["train", "--train.learning-rate", "x"], ["a number", "--train.learning-rate 0.0012"]),
         (["train", "--width", "64"], ["--width", "--model.width"]),
         (["train", "--widht", "64"], ["--widht", "--model.width"]),
         (["train", "--learning_rate", "64"], ["--train.learning-rate"]),
