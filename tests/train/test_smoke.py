@@ -27,7 +27,8 @@ OVERRIDES = {
 
 def bits_of_single_bytes() -> float:
     """Bits per byte of the best guess that looks at no context: what a model must beat to have learned."""
-    counts = Counter(b"".join(document.text for document in default_documents()))
+    texts = (document.text for document in default_documents())
+    counts = Counter(b"".join(text if isinstance(text, bytes) else text.encode() for text in texts))
     total = sum(counts.values())
     return -sum(n / total * math.log2(n / total) for n in counts.values())
 
