@@ -38,9 +38,13 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+UNEVEN = {"hypermoe", "moe-plus-plus"}  # experts of several sizes: `active` is a mean, not a sum
+COUNTED = {**MODELS, **{name: {"method": name} for name in NOMINAL - UNEVEN}}
+
+
+@pytest.mark.parametrize("name", sorted(COUNTED))
 def test_counts_are_sums_over_parameters(name):
-    model = tiny_model(**MODELS[name])
+    model = tiny_model(**COUNTED[name])
     counts = model.parameter_counts()
     assert counts.total == sum(p.numel() for p in model.parameters())
     assert sum(counts.components.values()) == counts.total
