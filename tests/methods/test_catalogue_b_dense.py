@@ -45,6 +45,19 @@ def outputs(moe, x):
 # dense-softmax
 
 
+def test_a_tree_of_three_levels_multiplies_along_each_path():
+    scorer, x = Tree(5, (2, 3, 2)).double(), tokens(4)
+    for parameter in scorer.parameters():
+        parameter.data.normal_()
+    gates = [
+        level(x).unflatten(1, (-1, num)).softmax(2) for level, num in zip(scorer.levels, (2, 3, 2), strict=True)
+    ]
+    got = scorer(x).softmax(1)
+    for leaf in range(12):
+        a, b, c = leaf // 6, leaf // 2 % 3, leaf % 2
+        assert_close(got[:, leaf], gates[0][:, 0, a] * gates[1][:, a, b] * gates[2][:, 3 * a + b, c])
+
+
 def test_dense_softmax_weighs_all_experts():
     moe, x = layer("dense-softmax"), tokens(6)
     gate = (x @ moe.router.scorer.weight.T + moe.router.scorer.bias).softmax(1)
@@ -63,12 +76,15 @@ def test_dense_softmax_equals_any_top_k_router_of_all_experts():
 def test_dense_softmax_tree_is_the_product_of_its_gates():
     moe, x = layer("dense-softmax", 6, branches=2), tokens(5)
     scorer = moe.router.scorer
-    top = (x @ scorer.top.weight.T + scorer.top.bias).softmax(1)
-    leaves = x @ scorer.leaf.weight.T + scorer.leaf.bias
+    root, leaf = scorer.levels
+    top = (x @ root.weight.T + root.bias).softmax(1)
+    leaves = x @ leaf.weight.T + leaf.bias
     expected = torch.cat([top[:, :1] * leaves[:, :3].softmax(1), top[:, 1:] * leaves[:, 3:].softmax(1)], 1)
     assert_close(moe.route(x).probs, expected)
     with pytest.raises(ValueError, match="branches=4 does not divide 6 experts"):
-        Tree(5, 6, 4)
+        layer("dense-softmax", 6, branches=4)
+    with pytest.raises(ValueError, match="branching=\\(2, 0\\) needs a level, and a child"):
+        Tree(5, (2, 0))
     with pytest.raises(ValueError, match="branches=2 has no effect on gate='densities'"):
         layer("dense-softmax", gate="densities", branches=2)
 

@@ -1,6 +1,7 @@
 """Consumers of a routing: rows grouped by expert in, rows out."""
 
 from moestro.experts.activations import ACTIVATIONS, is_gated
+from moestro.experts.affine import AffineExperts
 from moestro.experts.bank import make_experts
 from moestro.experts.base import Experts
 from moestro.experts.concat import ConcatExperts
@@ -14,6 +15,7 @@ __all__ = [
     "ACTIVATIONS",
     "GLU",
     "MLP",
+    "AffineExperts",
     "ConcatExperts",
     "ConstantExperts",
     "CopyExperts",

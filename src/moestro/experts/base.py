@@ -18,23 +18,28 @@ class Experts(nn.Module, ABC):
 
     Attributes:
         num_experts: number of experts.
-        width: size of a row, in and out.
+        width: size of a row going in.
+        out_width: size of a row coming out; the same, unless a bank says otherwise.
     """
 
     num_experts: int
     width: int
 
+    @property
+    def out_width(self) -> int:
+        return self.width
+
     @abstractmethod
     def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
         """Run every row through its expert.
 
-        Shapes: rows `[rows, width]` grouped by expert, offsets `[experts + 1]` -> `[rows, width]`.
+        Shapes: rows `[rows, width]` grouped by expert, offsets `[experts + 1]` -> `[rows, out_width]`.
         """
 
     def run(self, x: Tensor, routing: Routing) -> Tensor:
         """Carry out a routing: `y = C F(D x)`. Fused banks override this.
 
-        Shapes: x `[tokens, width]` -> `[tokens, width]`.
+        Shapes: x `[tokens, width]` -> `[tokens, out_width]`.
         """
         rows = routing.dispatch(as_autocast(x))
         if isinstance(routing, MergeRouting):
@@ -44,10 +49,10 @@ class Experts(nn.Module, ABC):
     def merged(self, mixture: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
         """Run rows through virtual experts whose parameters are mixtures of ours, `theta_v = M theta`.
 
-        Shapes: mixture `[virtual, experts]`, rows `[rows, width]`, offsets `[virtual + 1]` -> `[rows, width]`.
+        Shapes: mixture `[virtual, experts]`, rows `[rows, width]`, offsets `[virtual + 1]` -> `[rows, out_width]`.
         """
         if not len(mixture):
-            return rows
+            return rows.new_zeros(0, self.out_width) + 0 * rows.sum()
         mixed = {
             name: torch.tensordot(mixture.to(parameter.dtype), parameter, dims=1)
             for name, parameter in self.named_parameters()

@@ -80,11 +80,12 @@ class MoE(nn.Module):
             x: hidden states `[..., width]`; of `[batch, length, width]` each batch entry is a sequence.
             context: facts about the tokens, flattened to one entry per token.
 
-        Returns: the shape of `x`.
+        Returns: the shape of `x`, its last size being `experts.out_width`.
         """
         tokens = x.reshape(-1, x.shape[-1])
         decision = self.route(tokens, (context or Context()).with_sequences_of(x))
-        return self.run(tokens, decision).view(x.shape)
+        y = self.run(tokens, decision)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def route(self, x: Tensor, context: Context | None = None) -> Decision:
         """Only decide. Shapes: x `[tokens, width]`."""
@@ -92,7 +93,10 @@ class MoE(nn.Module):
         return decision
 
     def run(self, x: Tensor, decision: Decision) -> Tensor:
-        """Only carry out a decision, this call's or a stored one. Shapes: x `[tokens, width]` -> the same."""
+        """Only carry out a decision, this call's or a stored one.
+
+        Shapes: x `[tokens, width]` -> `[tokens, out_width]`.
+        """
         if "valid" in decision.notes:
             x = x.masked_fill(~decision.notes["valid"].unsqueeze(1), 0)  # padding may hold anything, also NaN
         y = self.experts.run(x, decision.routing)

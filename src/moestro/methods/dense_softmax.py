@@ -27,9 +27,13 @@ def dense_softmax(
     width, num_experts = experts.width, experts.num_experts
     if branches is not None and gate != "affine":
         raise ValueError(f"branches={branches} has no effect on gate={gate!r}; a tree has affine gates")
+    if branches is not None and (branches < 1 or num_experts % branches):
+        raise ValueError(f"branches={branches} does not divide {num_experts} experts; choose a divisor")
     scorer: Scorer
     if gate == "densities":
         scorer = Densities(width, num_experts)
+    elif branches is None:
+        scorer = Affine(width, num_experts)
     else:
-        scorer = Affine(width, num_experts) if branches is None else Tree(width, num_experts, branches)
+        scorer = Tree(width, (branches, num_experts // branches))
     return MoE(TokenChoice(scorer, EveryExpert(num_experts), softmax, as_is), experts)

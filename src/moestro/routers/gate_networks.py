@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -46,35 +49,41 @@ class TwoLayer(Scorer):
 
 
 class Tree(Scorer):
-    """Two levels of affine gates whose softmax is the product of theirs.
+    """A tree of affine gates whose softmax is the product of theirs along the path to a leaf.
 
-        logits[b, l] = log softmax_b(x V + a) + log softmax_l(x W_b + c_b)        Jordan and Jacobs 1994 (HME)
+        logits[leaf] = sum over nodes v on its path of log softmax_c(x W_v + c_v)[child]    Jordan and Jacobs 1994
 
-    Experts are numbered branch by branch.
+    Leaves are numbered from left to right; one level is a softmax gate.
 
     Args:
         width: model width.
-        num_experts: leaves of all branches.
-        branches: gates at the second level.
+        branching: children of a node, for each level from the root.
+
+    Parameters: `levels`, for each level an affine map to the children of all its nodes.
+
+    Shapes: x `[tokens, width]` -> `[tokens, leaves]`.
 
     Raises:
-        ValueError: branches that do not divide the experts.
+        ValueError: no level, or a level without children.
     """
 
-    def __init__(self, width: int, num_experts: int, branches: int) -> None:
+    def __init__(self, width: int, branching: Sequence[int]) -> None:
         super().__init__()
-        if branches < 1 or num_experts % branches:
-            raise ValueError(f"branches={branches} does not divide {num_experts} experts; choose a divisor")
-        self.num_experts, self.branches = num_experts, branches
-        self.top, self.leaf = Affine(width, branches), Affine(width, num_experts)
+        if not branching or min(branching) < 1:
+            raise ValueError(f"branching={tuple(branching)} needs a level, and a child or more at each")
+        self.branching, self.num_experts = tuple(branching), math.prod(branching)
+        leaves = accumulate(branching, operator.mul)
+        self.levels = nn.ModuleList(Affine(width, children) for children in leaves)
 
     def forward(self, x: Tensor, context: Context = NO_CONTEXT) -> Tensor:
-        top = self.top(x).log_softmax(-1).unsqueeze(-1)
-        leaf = self.leaf(x).unflatten(1, (self.branches, -1)).log_softmax(-1)
-        return (top + leaf).flatten(1)
+        logits = x.new_zeros(len(x), 1)  # of the root
+        for level, children in zip(self.levels, self.branching, strict=True):
+            here = level(x).unflatten(1, (-1, children)).log_softmax(-1)  # [tokens, nodes, children]
+            logits = (logits.unsqueeze(2) + here).flatten(1)
+        return logits
 
     def extra_repr(self) -> str:
-        return f"num_experts={self.num_experts}, branches={self.branches}"
+        return f"branching={self.branching}"
 
 
 class Densities(Scorer):
