@@ -20,7 +20,7 @@ check: $(VENV)/dev.stamp  ## style and types
 	$(BIN)/mypy
 
 bench: $(VENV)/dev.stamp  ## speed, as ratios in one run
-	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/all.py
 
 nightly: $(VENV)/dev.stamp  ## the tests that take minutes
 	$(BIN)/python -m pytest -m nightly --timeout 3600
