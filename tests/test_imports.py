@@ -18,7 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "balance": {"routing", "routers", "experts", "layers"},
     "methods": {"routing", "routers", "experts", "layers", "balance"},
     "data": set(),
-    "mixtures": {"routing", "experts"},
+    "mixtures": {"routing", "routers", "experts", "layers", "balance"},
 }
 ALLOWED["models"] = ALLOWED["methods"] | {"methods"}
 ALLOWED["inspect"] = ALLOWED["methods"] | {"methods"}

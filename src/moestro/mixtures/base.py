@@ -447,6 +447,12 @@ class MixtureOfExperts(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         weight = _check_sample_weight(sample_weight, x, dtype=np.float64, ensure_non_negative=True)
         return self._rows(self.mixture_.gate, self.mixture_.expert, self.scaling_, x, self._known(y), weight)
 
+    def to_moe(self, **options: Any) -> Any:
+        """The layer that computes what this mixture predicts; see `moestro.mixtures.torch.to_moe`. Needs torch."""
+        from moestro.mixtures.torch import to_moe
+
+        return to_moe(self, **options)
+
     def sort_experts(self, by: str | Callable[[Any], Any] = "weight") -> Self:
         """A copy with the experts of a flat mixture renumbered; predictions stay the same.
 
