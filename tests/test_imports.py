@@ -21,10 +21,11 @@ ALLOWED: dict[str, set[str]] = {
     "mixtures": {"routing", "routers", "experts", "layers", "balance"},
 }
 ALLOWED["models"] = ALLOWED["methods"] | {"methods"}
+ALLOWED["hf"] = ALLOWED["models"] | {"models"}
 ALLOWED["inspect"] = ALLOWED["methods"] | {"methods"}
 ALLOWED["inference"] = ALLOWED["models"] | {"models", "inspect", "data"}
 ALLOWED["train"] = ALLOWED["inference"] | {"inference"}
-ALLOWED["cli"] = ALLOWED["train"] | {"train"}
+ALLOWED["cli"] = ALLOWED["train"] | {"train", "hf"}
 
 
 def imports_of(file: Path) -> set[str]:
