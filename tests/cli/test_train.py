@@ -7,6 +7,7 @@ import pytest
 
 from moestro.cli import main
 from moestro.cli.generate import decode_stream
+from moestro.cli.train import experts_in_words
 from moestro.data import ByteTokenizer
 
 SMALL = (
@@ -39,6 +40,22 @@ def home(run, monkeypatch) -> Path:
 def test_a_run_lies_in_the_folder_named_by_recipe_and_seed(run):
     names = {path.name for path in run.iterdir()}
     assert {"recipe.yaml", "metrics.jsonl", "result.json", "model", "twin", "report.html"} <= names
+
+
+def test_the_last_lines_say_how_the_experts_fared():
+    result = {
+        "dead_experts": 0,
+        "smallest_share": 0.0789,
+        "domains": ["code", "prose"],
+        "told_apart": [0.58, 0.6154],
+        "normalised_mutual_information": [0.0051, 0.004],
+    }
+    _, experts, domains = experts_in_words(result)
+    assert experts == "experts: 0 dead; the least used serves 7.9 % of its layer's tokens"
+    assert "code and prose: one choice of the best layer tells them apart 61.5 % of the time" in domains
+    assert "(blindly 50.0 %); normalised mutual information 0.0051" in domains
+    assert len(experts_in_words({**result, "domains": ["text"]})) == 2
+    assert experts_in_words({"validation_bits_per_byte": 2.0}) == []
 
 
 def test_the_table_compares_the_model_with_its_twin(run, home, capsys):

@@ -74,6 +74,21 @@ def test_a_finished_run_has_every_part(run):
     assert not list(run.glob("*.tmp"))
 
 
+def test_the_page_says_whether_experts_tell_kinds_of_text_apart(run):
+    file = run / "specialisation.json"
+    content = json.loads(file.read_text())
+    right = 100 * content["layers"][-1]["told_apart"]
+    assert f"separates best: {right:.1f} % right, NMI 0.230" in page_of(run).words
+    for layer in content["layers"]:
+        layer["told_apart"] = 0.51
+    file.write_text(json.dumps(content))
+    assert "No layer tells them apart" in page_of(run).words
+    for layer in content["layers"]:  # written by an older version
+        del layer["told_apart"]
+    file.write_text(json.dumps(content))
+    assert "separates best, with NMI 0.230" in page_of(run).words
+
+
 def test_the_page_asks_nothing_of_the_network(run):
     text = write_report(run).read_text(encoding="utf-8")
     page = Page(text)

@@ -9,7 +9,7 @@ from sklearn.metrics import normalized_mutual_info_score
 from torch.testing import assert_close
 
 from moestro.inspect import SpecialisationCounter
-from moestro.inspect.specialisation import highest_possible, lift, normalised_mutual_information
+from moestro.inspect.specialisation import highest_possible, lift, normalised_mutual_information, told_apart
 from moestro.routing import Decision, SoftRouting, SparseRouting
 
 
@@ -100,6 +100,19 @@ def test_a_rare_token_does_not_win_by_chance():
     assert lift(counts)[1, 0] > 3 > 1.2 > lift(counts)[2, 0] > 1
 
 
+def test_telling_apart_does_not_depend_on_how_rare_a_domain_is():
+    table = torch.tensor([[30.0, 10.0], [10.0, 30.0]])
+    assert told_apart(table) == pytest.approx(0.75)
+    assert told_apart(table * torch.tensor([[1000.0], [1.0]])) == pytest.approx(0.75)
+    assert told_apart(torch.tensor([[2, 4, 6], [1, 2, 3], [3, 6, 9]])) == pytest.approx(1 / 3)  # blind
+    assert told_apart(torch.eye(4)) == 1.0
+
+
+def test_a_domain_that_never_occurs_is_no_alternative():
+    assert told_apart(torch.tensor([[3, 1], [0, 0], [1, 3]])) == pytest.approx(0.75)
+    assert told_apart(torch.tensor([[3, 1], [0, 0]])) == 1.0
+
+
 def test_blind_choice_has_lift_one():
     assert_close(lift(torch.outer(torch.tensor([10.0, 20.0]), torch.tensor([1.0, 2.0, 3.0]))), torch.ones(2, 3))
 
@@ -117,6 +130,7 @@ def test_result_tells_code_from_prose():
     assert result["domains"] == ["code", "prose"]
     assert first["load_by_domain"] == [[1, 0, 0], [0, 1, 0]]
     assert first["normalised_mutual_information"] == pytest.approx(1.0)
+    assert first["told_apart"] == pytest.approx(1.0)
     assert second["normalised_mutual_information"] < 0.2
     assert second["experts"][1]["top_classes"][0][0] == "lowercase letter"
     assert {text for text, _ in first["experts"][0]["top_tokens"]} & {"(", ")", ":", "␣"}

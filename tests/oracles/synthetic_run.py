@@ -163,6 +163,7 @@ def _specialisation(chance: random.Random, num_layers: int, num_experts: int, de
                 "load_by_domain": rows,
                 "normalised_mutual_information": information,
                 "highest_possible": 0.4012,
+                "told_apart": sum(map(max, *rows)) / 2,
                 "experts": experts,
             }
         )

@@ -69,8 +69,26 @@ def train(
         return
     print()
     print_table([result, *([result["twin"]] if "twin" in result else [])], tuple(COLUMNS), tuple(COLUMNS.values()))
+    for line in experts_in_words(result):
+        print(line)
     page = folder / "report.html"
     print(f"\nreport: {page if page.is_file() else f'none yet; moestro report {folder} writes it'}")
+
+
+def experts_in_words(result: dict[str, Any]) -> list[str]:
+    """What the last evaluation saw of the experts; nothing of a dense model."""
+    if "dead_experts" not in result:
+        return []
+    share, dead = 100 * result["smallest_share"], result["dead_experts"]
+    lines = ["", f"experts: {dead} dead; the least used serves {share:.1f} % of its layer's tokens"]
+    domains = result.get("domains", [])
+    if len(domains) > 1:
+        apart, information = max(result["told_apart"]), max(result["normalised_mutual_information"])
+        lines.append(
+            f"{' and '.join(domains)}: one choice of the best layer tells them apart {100 * apart:.1f} % "
+            f"of the time (blindly {100 / len(domains):.1f} %); normalised mutual information {information:.4f}"
+        )
+    return lines
 
 
 def choose(recipe: Path | None, out: Path | None, given: dict[str, Any], *, resume: bool) -> tuple[Recipe, Path]:

@@ -86,6 +86,7 @@ class SpecialisationCounter:
             "load_by_domain": _rounded(by_domain / by_domain.sum(1, keepdim=True).clamp_min(1)),
             "normalised_mutual_information": normalised_mutual_information(by_domain),
             "highest_possible": highest_possible(by_domain),
+            "told_apart": told_apart(by_domain),
             "class_lift": _rounded(lift(by_class).T),
             "experts": _experts(by_domain, by_class, by_token, names),
         }
@@ -113,6 +114,23 @@ def highest_possible(counts: Tensor) -> float:
     joint = counts.double() / counts.double().sum().clamp_min(1e-300)
     rows, columns = float(_entropy(joint.sum(1))), float(_entropy(joint.sum(0)))
     return 2 * min(rows, columns) / (rows + columns) if rows + columns > 0 else 0.0
+
+
+def told_apart(counts: Tensor) -> float:
+    """How often one choice of an expert gives the row away, all rows being equally likely.
+
+        told apart = Σ_expert max_row p(expert | row) / rows
+
+    The best guess that sees nothing but the expert. Blind choice gives 1 / rows, whatever the shares of the rows
+    in the text; with a rare row, mutual information is small however well the experts tell. Rows that never occur
+    do not count; with fewer than two left there is nothing to tell, and the answer is 1.
+
+    Shapes: counts `[a, experts]` -> float.
+    """
+    seen = counts.double()[counts.sum(1) > 0]
+    if len(seen) < 2:
+        return 1.0
+    return float((seen / seen.sum(1, keepdim=True)).amax(0).sum() / len(seen))
 
 
 def lift(counts: Tensor, pseudo_count: float = PSEUDO_COUNT) -> Tensor:

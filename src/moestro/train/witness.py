@@ -37,8 +37,10 @@ class Witness:
     def result(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """The content of specialisation.json, and what result.json says of it.
 
-        `dead_experts` is the number in all layers, `smallest_share` the smallest share of a layer's tokens that one
-        of its experts takes, `normalised_mutual_information` that of domain and expert, one per layer.
+        `domains` are their names, `dead_experts` is the number in all layers, `smallest_share` the smallest
+        share of a layer's tokens that one of its experts takes. One value per layer have
+        `normalised_mutual_information`, of domain and expert, and `told_apart`, that is
+        how often one choice gives the domain away.
         """
         likes = self._likes.result(self.corpus.domains, self.corpus.tokenizer)
         layers = [tally.result() for tally in self._tallies.values()]
@@ -46,4 +48,6 @@ class Witness:
             "dead_experts": sum(layer["dead"] for layer in layers),
             "smallest_share": min(min(layer["load"]) * layer["experts_per_token"] for layer in layers),
             "normalised_mutual_information": [layer["normalised_mutual_information"] for layer in likes["layers"]],
+            "domains": list(self.corpus.domains),
+            "told_apart": [layer["told_apart"] for layer in likes["layers"]],
         }
