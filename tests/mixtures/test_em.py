@@ -14,6 +14,7 @@ from moestro.mixtures.fitting.em import ALGORITHMS
 from moestro.mixtures.gates import GATES, GaussianGate, SoftmaxGate
 
 CLIMBING = [name for name, algorithm in ALGORITHMS.items() if algorithm.monotone]
+CLIMBING_GATES = [name for name, gate in GATES.items() if gate().climbs]
 KINDS = ["full", "diag", "spherical", "tied", "tied-diag", "tied-spherical"]
 
 
@@ -46,7 +47,7 @@ def problems(count):
     rng = np.random.default_rng(7)
     for seed in range(count):
         algorithm = CLIMBING[seed % len(CLIMBING)]
-        gate = list(GATES)[seed // len(CLIMBING) % len(GATES)]
+        gate = CLIMBING_GATES[seed // len(CLIMBING) % len(CLIMBING_GATES)]
         common = {
             "algorithm": algorithm,
             "gate": gate,

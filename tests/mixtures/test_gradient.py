@@ -22,7 +22,7 @@ def finite_differences(mixture, rows):
     return np.array(slopes)
 
 
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("gate", [name for name, gate in GATES.items() if gate().parametric])
 @pytest.mark.parametrize("expert", ["ridge", "gaussian", "student", "skew-normal", "skew-t", "poisson", "gamma"])
 def test_hierarchies_adaptive_experts_gradients_are_those_of_finite_differences(gate, expert):
     x, y = crossing_counts(0, n=80)

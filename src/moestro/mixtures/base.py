@@ -127,7 +127,10 @@ class MixtureOfExperts(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         previous = self._previous(gate, expert, num_experts, target)
         scaling = self.scaling_ if previous else Scaling.of(x, target, weight, expert.target == "real")
         rows = self._rows(gate, expert, scaling, x, target, weight)
-        fits = [self._continue(previous, rows)] if previous else self._restarts(gate, expert, branching, rows, used)
+        if previous:
+            fits = [self._continue(previous, rows)]
+        else:
+            fits = self._restarts(Mixture(gate, expert, {}, {}), branching, rows, scaling.x(x), used)
         best = self._go_on(self._best(fits, rows), rows)
         em.warn_about(best, rows, self.tol, self.max_iter)
         return self._keep(best, rows, scaling)
@@ -168,11 +171,10 @@ class MixtureOfExperts(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         return gate, expert, branching
 
     def _rows(self, gate: Gate, expert: Expert, scaling: Scaling, x: Array, y: Array, weight: Array) -> Rows:
-        standard = scaling.x(x)
         real = expert.target == "real"
         return Rows(
-            gate.design(standard),
-            expert.design(standard),
+            gate.design(x, scaling),
+            expert.design(scaling.x(x)),
             scaling.y(y) if real else y,
             weight,
             scaling,
@@ -226,10 +228,9 @@ class MixtureOfExperts(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         return em.run(em.ALGORITHMS[self.algorithm], first, rows, self.tol, max_iter, rng, report, begin)
 
     def _restarts(
-        self, gate: Gate, expert: Expert, branching: tuple[int, ...], rows: Rows, used: Array
+        self, blank: Mixture, branching: tuple[int, ...], rows: Rows, x: Array, used: Array
     ) -> list[em.Fit]:
         num_experts = int(np.prod(branching))
-        blank = Mixture(gate, expert, {}, {})
         seeds = check_random_state(self.random_state).randint(2**31 - 1, size=self.n_init)
         given = None if isinstance(self.init, str) else self._given_shares(used, num_experts)
         if given is not None or num_experts == 1:
@@ -240,8 +241,7 @@ class MixtureOfExperts(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
             share = given
             if share is None:
                 kind = list(STARTS)[run % len(STARTS)] if self.init == "auto" else self.init
-                standard = rows.u if gate.generative else rows.u[:, 1:]
-                share = STARTS[kind](standard, rows, branching, run, rng)
+                share = STARTS[kind](x, rows, branching, run, rng)
             first = em.first_mixture(blank, rows, share, branching)
             report = self._reporter(f"start {run + 1}/{len(seeds)}")
             return self._run(
@@ -293,15 +293,14 @@ class MixtureOfExperts(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
 
     def _log_volume(self) -> float:
         """What the standardised log-density of a row is too large by."""
-        inputs = float(np.log(self.scaling_.x_scale).sum()) if self.mixture_.gate.generative else 0.0
-        return self.scaling_.log_volume() + inputs
+        return self.scaling_.log_volume() + self.mixture_.gate.log_volume(self.scaling_)
 
     # ------------------------------------------------------------- densities
 
     def _features(self, X: Any) -> tuple[Array, Array]:
         check_is_fitted(self)
-        x = self.scaling_.x(validate_data(self, X, dtype=np.float64, reset=False))
-        return self.mixture_.gate.design(x), self.mixture_.expert.design(x)
+        x = validate_data(self, X, dtype=np.float64, reset=False)
+        return self.mixture_.gate.design(x, self.scaling_), self.mixture_.expert.design(self.scaling_.x(x))
 
     def _joint(self, X: Any, y: Any) -> tuple[Array, Array]:
         """Joint log-densities of expert and target (and input) in the user's units, and the gate features."""
@@ -363,7 +362,7 @@ class MixtureOfExperts(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
 
     def _log_prob_inputs(self, u: Array) -> Array:
         weight = self.mixture_.gate.log_weight(self.mixture_.gate_params, u)
-        return softmax_rows(weight)[0] - float(np.log(self.scaling_.x_scale).sum())
+        return softmax_rows(weight)[0] - self.mixture_.gate.log_volume(self.scaling_)
 
     @available_if(_generative)
     def score_samples(self, X: Any) -> Array:

@@ -24,7 +24,8 @@ class MixtureOfExpertsClassifier(ClassifierMixin, MixtureOfExperts):
     Args:
         n_experts: number of experts of a flat mixture; None means 2, or the leaves of `branching`.
         branching: children per node for every level of a tree of softmax gates.
-        gate: "softmax", "gaussian", "constant" or a gate object with other options.
+        gate: "softmax", "gaussian", "constant", "exponential-family", "kernel", "reconstruction" or a gate object
+            with other options.
         expert: "multinomial", "logistic" (two classes), "constant" or an expert object with other options.
         algorithm, tol, max_iter, n_init, init, warm_start, random_state, verbose, n_jobs: as for
             `MixtureOfExpertsRegressor`.

@@ -19,6 +19,11 @@ def covariance(mixture: Mixture, rows: Rows) -> Array:
 
     Directions in which the likelihood is flat or not concave get infinite variance.
     """
+    if not (mixture.expert.parametric and mixture.gate.parametric):
+        raise ValueError(
+            f"{mixture.gate!r} with {mixture.expert!r} has no finite set of numbers to inform about; "
+            "pass method='bootstrap'"
+        )
     if not mixture.expert.smooth:
         raise ValueError(
             f"{mixture.expert!r} has a kinked density without information matrix; pass method='bootstrap'"
@@ -42,8 +47,8 @@ def covariance(mixture: Mixture, rows: Rows) -> Array:
 
 def attribute_errors(mixture: Mixture, rows: Rows, scaling: Scaling) -> dict[str, Any]:
     """Standard errors of the fitted attributes by the delta method, in the shapes of the attributes."""
-    center = mixture.free()
     spread = covariance(mixture, rows)
+    center = mixture.free()
     flat = np.isinf(np.diag(spread))
     known = np.where(np.isfinite(spread), spread, 0.0)
     at_center = attributes(mixture, scaling)

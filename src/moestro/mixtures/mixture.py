@@ -21,6 +21,11 @@ class Mixture:
     gate_params: Params
     expert_params: Params
 
+    @property
+    def climbs(self) -> bool:
+        """Whether an EM step can promise not to lower the objective."""
+        return self.gate.climbs and self.expert.climbs
+
     def joint(self, u: Array, z: Array, y: Array) -> Array:
         """`log g_i(x) + log f_i(y|x)`, plus `log p(x|i)` under a generative gate. Shapes: `[rows, experts]`."""
         joint = self.gate.log_weight(self.gate_params, u)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import digamma, polygamma
 
 Array = NDArray[Any]  # float64 unless a name says otherwise
 
@@ -141,3 +142,12 @@ def solve_positive(matrix: Array, vector: Array) -> Array:
 def is_empty(mass_per_expert: Array, total: float) -> Array:
     """Experts that hold too little mass to be refitted."""
     return mass_per_expert < max(1e-8 * total, np.finfo(float).tiny)
+
+
+def gamma_shape(gap: Array) -> Array:
+    """Solves `log a - ψ(a) = gap` by Newton steps from Minka's start, on [1e-3, 1e6]."""
+    gap = np.maximum(gap, 5e-7)  # a <= 1e6
+    a = (3 - gap + np.sqrt((gap - 3) ** 2 + 24 * gap)) / (12 * gap)
+    for _ in range(10):
+        a = np.clip(a - (np.log(a) - digamma(a) - gap) / (1 / a - polygamma(1, a)), 1e-3, 1e6)
+    return a

@@ -25,7 +25,8 @@ class MixtureOfExpertsRegressor(RegressorMixin, MixtureOfExperts):
         n_experts: number of experts of a flat mixture; None means 2, or the leaves of `branching`.
         branching: children per node for every level of a tree of softmax gates: (2, 2, 2) is a binary tree with
             eight experts.
-        gate: "softmax", "gaussian", "constant" or a gate object with other options.
+        gate: "softmax", "gaussian", "constant", "exponential-family", "kernel", "reconstruction" or a gate object
+            with other options.
         expert: "linear", "ridge", "gaussian" (full covariance), "constant", "laplace", "student",
             "skew-normal", "skew-t", "poisson", "gamma" or an expert object with other options.
         algorithm: "em"; "gem" (one Newton step of the gate); "ecm" (shares renewed between gate and experts);

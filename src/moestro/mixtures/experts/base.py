@@ -24,6 +24,8 @@ class Expert(BaseEstimator, ABC):
     target = "real"
     multi_output = False
     smooth = True  # the density has derivatives everywhere
+    climbs = True  # EM never lowers the objective
+    parametric = True  # finitely many free numbers: `free`, `restore` and `gradient` answer
 
     def design(self, x: Array) -> Array:
         """Expert features `[rows, p]` of standardised inputs."""

@@ -6,11 +6,11 @@ from abc import abstractmethod
 from typing import Any
 
 import numpy as np
-from scipy.special import digamma, gammainc, gammaln, pdtr, polygamma
+from scipy.special import digamma, gammainc, gammaln, pdtr
 
 from moestro.mixtures.experts.base import Expert, keep_empty, planes, ridge
 from moestro.mixtures.gates.base import Effort, Params
-from moestro.mixtures.numerics import Array, is_empty, least_squares
+from moestro.mixtures.numerics import Array, gamma_shape, is_empty, least_squares
 from moestro.mixtures.rows import Rows, Scaling
 
 _SAME = 1e-14  # relative change of the objective that is rounding
@@ -186,7 +186,7 @@ class GammaExpert(LogLinearExpert):
         ratio = rows.y * np.exp(-eta)
         loss = np.einsum("te,te->e", mass, ratio - np.log(ratio) - 1)
         loss += 0.5 * (self._penalty(rows)[:, None] * coef**2).sum((1, 2))
-        return {"coef": coef, "shape": _gamma_shape(loss / np.maximum(mass.sum(0), 1e-300))}
+        return {"coef": coef, "shape": gamma_shape(loss / np.maximum(mass.sum(0), 1e-300))}
 
     def log_prob(self, params: Params, z: Array, y: Array) -> Array:
         a, eta = params["shape"], self._eta(params["coef"], z)
@@ -226,12 +226,3 @@ class GammaExpert(LogLinearExpert):
         prior = 0.5 * (self._penalty(rows)[:, None] * params["coef"] ** 2).sum((1, 2))
         by_shape = a * (np.einsum("te,te->e", mass, inner) - prior)
         return np.concatenate([by_coef.ravel(), by_shape])
-
-
-def _gamma_shape(gap: Array) -> Array:
-    """Solves `log a - ψ(a) = gap` by Newton steps from Minka's start."""
-    gap = np.maximum(gap, 5e-7)  # a <= 1e6
-    a = (3 - gap + np.sqrt((gap - 3) ** 2 + 24 * gap)) / (12 * gap)
-    for _ in range(10):
-        a = np.clip(a - (np.log(a) - digamma(a) - gap) / (1 / a - polygamma(1, a)), 1e-3, 1e6)
-    return a

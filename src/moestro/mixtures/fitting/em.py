@@ -118,13 +118,14 @@ def run(
     """
     effort = replace(algorithm.effort, enough=0.1 * tol * rows.total)
     path: list[float] = []
+    climbs = algorithm.monotone and mixture.climbs
     best, best_value, best_at, converged = mixture, -np.inf, begin, False
     for iteration in range(begin, max_iter + 1):
         value, share = algorithm.e_step(mixture.joint(rows.u, rows.z, rows.y), iteration, rng)
         objective = float(rows.weight @ value) - mixture.penalty(rows)
         path.append(objective)
         report(iteration, objective / rows.total)
-        if objective > best_value or algorithm.monotone:
+        if objective > best_value or climbs:
             best, best_value, best_at = mixture, objective, iteration
         if algorithm.stall is not None:
             converged = iteration - best_at >= algorithm.stall
@@ -133,7 +134,7 @@ def run(
         if converged or iteration == max_iter:
             break
         mixture = _m_step(algorithm, mixture, rows, share, effort, iteration, rng)
-    if algorithm.monotone:
+    if climbs:
         _check_path(path)
     return Fit(best, path, len(path) - 1, converged)
 

@@ -25,6 +25,9 @@ def check(mixture: Mixture, loss: str, branching: tuple[int, ...]) -> None:
     """Raise ValueError for parts that have no gradient or a loss that they cannot follow."""
     if loss not in LOSSES:
         raise ValueError(f"loss={loss!r} is unknown; pass one of {', '.join(LOSSES)}")
+    for each in (mixture.gate, mixture.expert):
+        if not each.parametric:
+            raise ValueError(f"algorithm='gradient' needs finitely many numbers, which {each!r} has not; pass 'em'")
     if not mixture.expert.smooth:
         raise ValueError(
             f"algorithm='gradient' needs a smooth density, not {mixture.expert!r}; pass algorithm='em'"

@@ -32,10 +32,16 @@ class Gate(BaseEstimator, ABC):
 
     generative = False
     hierarchical = False  # whether the gate can be a tree
+    climbs = True  # EM never lowers the objective
+    parametric = True  # finitely many free numbers: `free`, `restore` and `gradient` answer
 
-    def design(self, x: Array) -> Array:
-        """Gate features `[rows, gate features]` of standardised inputs."""
-        return with_intercept(x)
+    def design(self, x: Array, scaling: Scaling) -> Array:
+        """Gate features `[rows, gate features]` of inputs in the user's units."""
+        return with_intercept(scaling.x(x))
+
+    def log_volume(self, scaling: Scaling) -> float:
+        """What the log-density of a generative gate's features is too large by, in the user's units."""
+        return 0.0
 
     @abstractmethod
     def start(self, rows: Rows, share: Array, branching: tuple[int, ...], effort: Effort) -> Params:

@@ -29,7 +29,9 @@ class GaussianGate(Gate):
     make the gate a softmax that is linear in x, untied ones quadratic. For more than about 20 inputs use "diag".
 
     Args:
-        covariance: "full", "diag", "spherical" (in standardised inputs), or "tied", "tied-diag", "tied-spherical".
+        covariance: "full", "diag", "spherical" (in standardised inputs), "rank-k", or "tied", "tied-diag",
+            "tied-spherical". "rank-k" gives every expert a subspace of k dimensions and the row to the expert that
+            reconstructs it best: a mixture of probabilistic principal components (Tipping & Bishop 1999).
         floor: smallest eigenvalue, in standardised units.
 
     Parameters: `log_weight` `[experts]`, `mean` `[experts, features]`,
@@ -42,8 +44,11 @@ class GaussianGate(Gate):
         self.covariance = covariance
         self.floor = floor
 
-    def design(self, x: Array) -> Array:
-        return x
+    def design(self, x: Array, scaling: Scaling) -> Array:
+        return scaling.x(x)
+
+    def log_volume(self, scaling: Scaling) -> float:
+        return float(np.log(scaling.x_scale).sum())
 
     def start(self, rows: Rows, share: Array, branching: tuple[int, ...], effort: Effort) -> Params:
         shapes.check_kind(self.covariance)
