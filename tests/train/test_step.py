@@ -64,6 +64,16 @@ def test_accumulation_counts_an_auxiliary_loss_by_the_share_of_its_tokens():
     assert_close(gradients(split), gradients(whole))
 
 
+def test_step_statistics_give_the_gradient_and_the_losses_of_the_whole_batch():
+    text, whole, split, parts = batch(8), language_model(), language_model(), language_model()
+    a = stepper(whole, clip=0)(text, 1)
+    b = stepper(split, clip=0, accumulate=4, statistics="step")(text, 1)
+    c = stepper(parts, clip=0, accumulate=4)(text, 1)
+    assert (b.auxiliary_loss, b.named["balance"]) == pytest.approx((a.auxiliary_loss, a.named["balance"]))
+    assert c.auxiliary_loss != pytest.approx(a.auxiliary_loss, rel=1e-4)  # each micro-batch by itself
+    assert_close(gradients(split), gradients(whole), rtol=1e-5, atol=1e-6)
+
+
 def test_the_loss_is_the_mean_over_tokens_and_the_auxiliary_loss_is_added_to_its_gradient():
     model, text = language_model(), batch()
     result = stepper(model, clip=0)(text, 1)

@@ -4,9 +4,11 @@ from moestro.balance.adaptive import AdaptiveLoss, AdaptiveSparsity, FollowDrops
 from moestro.balance.controllers import Controller, LossFreeBias
 from moestro.balance.levels import CommunicationBalance, GlobalBatchBalance, GroupBalance
 from moestro.balance.log import RoutingLog
+from moestro.balance.loss import Loss, PerSequence, TokenLoss, TokenMean
 from moestro.balance.losses import (
     LoadTimesProbability,
     SequenceBalance,
+    UnbiasedBalance,
     cv_squared,
     importance_cv_squared,
     load_cv_squared,
@@ -15,16 +17,16 @@ from moestro.balance.losses import (
 )
 from moestro.balance.quantile import QuantileBias
 from moestro.balance.selectors import selector_entropy
-from moestro.balance.smooth import softmax_importance_cv_squared, threshold_load_cv_squared
+from moestro.balance.smooth import noted_load_cv_squared, softmax_importance_cv_squared, threshold_load_cv_squared
 from moestro.balance.sparsity import AtTemperature, DearExperts, LoadWeightedL1, router_entropy
 from moestro.balance.special import (
     GateBudget,
     Locality,
     PlaceBalance,
     TaskInformation,
-    noted_load_cv_squared,
     single_choice_balance,
 )
+from moestro.balance.totals import StepTotals, Term, terms_of
 
 __all__ = [
     "AdaptiveLoss",
@@ -40,12 +42,19 @@ __all__ = [
     "LoadTimesProbability",
     "LoadWeightedL1",
     "Locality",
+    "Loss",
     "LossFreeBias",
+    "PerSequence",
     "PlaceBalance",
     "QuantileBias",
     "RoutingLog",
     "SequenceBalance",
+    "StepTotals",
     "TaskInformation",
+    "Term",
+    "TokenLoss",
+    "TokenMean",
+    "UnbiasedBalance",
     "cv_squared",
     "importance_cv_squared",
     "load_cv_squared",
@@ -55,6 +64,7 @@ __all__ = [
     "selector_entropy",
     "single_choice_balance",
     "softmax_importance_cv_squared",
+    "terms_of",
     "threshold_load_cv_squared",
     "z_loss",
 ]

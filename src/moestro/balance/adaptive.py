@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from moestro.balance.controllers import Controller
-from moestro.balance.counts import counted_choices, noted, valid_tokens
+from moestro.balance.counts import chosen_and_dropped, counted_choices, noted, valid_tokens
+from moestro.balance.loss import Loss, Sums
 from moestro.layers import MoE
 from moestro.routers.base import Float32Buffers
 from moestro.routing import Decision
 
 
-class AdaptiveLoss(Float32Buffers):
+class AdaptiveLoss(Float32Buffers, Loss):
     """A loss times a number that a controller moves after each step; the number is saved with the weights.
 
     Args:
-        loss: of a Decision.
+        loss: what is scaled.
         start: the number at first.
     """
 
     scale: Tensor
 
-    def __init__(self, loss: Callable[[Decision], Tensor], start: float) -> None:
+    def __init__(self, loss: Loss, start: float) -> None:
         super().__init__()
         self.loss = loss
         self.register_buffer("scale", torch.tensor(start, dtype=torch.float32))
 
     def forward(self, decision: Decision) -> Tensor:
-        return self.scale.clone() * self.loss(decision)
+        return self.value(self.sums(decision))
+
+    def sums(self, decision: Decision) -> dict[str, Tensor]:
+        return self.loss.sums(decision)
+
+    def value(self, sums: Sums) -> Tensor:
+        return self.scale.clone() * self.loss.value(sums)
 
 
 class AdaptiveSparsity(Controller):
@@ -58,6 +63,10 @@ class AdaptiveSparsity(Controller):
         choice = noted(decision, "choice")
         used = counted_choices(decision, choice).sum()
         return torch.stack([used, valid_tokens(decision, len(choice)).sum()])
+
+    def check(self, moe: MoE) -> None:
+        """Raises ValueError for a layer without that loss."""
+        adaptive_loss(moe, self.loss)
 
     @torch.no_grad()
     def update(self, moe: MoE, measured: Tensor) -> None:
@@ -92,10 +101,13 @@ class FollowDrops(Controller):
 
     def measure(self, decision: Decision) -> Tensor:
         """Choices dropped and choices made, `[2]`."""
-        choice = noted(decision, "choice")
-        made = counted_choices(decision, choice)
-        kept = decision.notes.get("kept", made)
-        return torch.stack([(made & ~kept).sum(), made.sum()])
+        noted(decision, "choice")
+        made, dropped = chosen_and_dropped(decision)
+        return torch.stack([dropped, made])
+
+    def check(self, moe: MoE) -> None:
+        """Raises ValueError for a layer without that loss."""
+        adaptive_loss(moe, self.loss)
 
     @torch.no_grad()
     def update(self, moe: MoE, measured: Tensor) -> None:

@@ -17,10 +17,10 @@ from moestro.routing import Decision
 class Controller(ABC):
     """Adjusts a layer by what it measured in the decisions of one optimiser step.
 
-    Measures are sums: they add up over micro-batches, and over the ranks of `group`.
+    Measures are joined over micro-batches, and over the ranks of `group`; by default they are sums.
 
     Attributes:
-        group: process group whose measures are summed first; None = this process alone.
+        group: process group whose measures are joined first; None = this process alone.
     """
 
     group: dist.ProcessGroup | None = None
@@ -29,9 +29,16 @@ class Controller(ABC):
         """What one decision adds; by default the choices per expert, `[experts]`."""
         return chosen_load(decision)
 
+    def join(self, before: Tensor, measured: Tensor) -> Tensor:
+        """The measures of two micro-batches as one; by default their sum."""
+        return before + measured
+
+    def check(self, moe: MoE) -> None:  # noqa: B027
+        """Raise ValueError if this controller cannot act on the layer; called when the layer is built."""
+
     @abstractmethod
     def update(self, moe: MoE, measured: Tensor) -> None:
-        """Act on the sum of all measures since the last update."""
+        """Act on the measures since the last update, joined."""
 
     def summed(self, measured: Tensor) -> Tensor:
         """The measure in float64, added up over the group."""
@@ -53,7 +60,7 @@ class LossFreeBias(Controller):
         group: process group whose loads are summed first; None = this process alone.
 
     Raises:
-        ValueError: a negative rate; at update, a router without a selection bias.
+        ValueError: a negative rate; at build, a router without a selection bias.
     """
 
     def __init__(self, rate: float = 1e-3, group: dist.ProcessGroup | None = None) -> None:
@@ -61,14 +68,23 @@ class LossFreeBias(Controller):
             raise ValueError(f"bias rate must not be negative, got {rate}")
         self.rate, self.group = rate, group
 
+    def check(self, moe: MoE) -> None:
+        """Raises ValueError for a layer whose router has no selection bias."""
+        _biased_selection(moe)
+
     @torch.no_grad()
     def update(self, moe: MoE, measured: Tensor) -> None:
         """Adjust the layer's bias. Shapes: measured `[experts]`, choices since the last update."""
-        select = getattr(moe.router, "select", None)
-        if not isinstance(select, BiasedSelection):
-            raise ValueError("loss-free balancing needs a router whose select slot is a BiasedSelection")
+        select = _biased_selection(moe)
         load = self.summed(measured)
         select.bias += self.rate * torch.sign(load.mean() - load).to(select.bias.dtype)
 
     def __repr__(self) -> str:
         return f"LossFreeBias(rate={self.rate})"
+
+
+def _biased_selection(moe: MoE) -> BiasedSelection:
+    select = getattr(moe.router, "select", None)
+    if not isinstance(select, BiasedSelection):
+        raise ValueError("loss-free balancing needs a router whose select slot is a BiasedSelection")
+    return select

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moestro.balance.counts import count, counted_choices, facts
+from moestro.balance.counts import chosen_by, facts
+from moestro.balance.loss import Sums, TokenLoss
+from moestro.balance.losses import LoadTimesProbability
 from moestro.routing import Decision
 
 
 @dataclass(frozen=True)
-class GroupBalance:
+class GroupBalance(TokenLoss):
     """Load times probability over groups of consecutive experts.
 
         sum_g f'_g P'_g,   f'_g = mean over the group of f_e = E / (k T) * count_e,   P'_g = sum of P_e
@@ -27,18 +30,20 @@ class GroupBalance:
 
     num_groups: int
 
-    def __call__(self, decision: Decision) -> Tensor:
+    def terms(self, decision: Decision) -> dict[str, Tensor]:
         """Raises ValueError for a decision without probabilities or choices."""
-        probs, choice, valid = facts(decision)
-        counted = counted_choices(decision, choice)
+        probs, choice, counted = facts(decision)
         per_group = group_size(probs.shape[1], self.num_groups)
-        load = count(choice // per_group, counted, self.num_groups, probs.dtype)
-        f = load * self.num_groups / counted.sum().clamp(min=1)
-        return (f * _group_means(probs, valid, self.num_groups)).sum()
+        chosen = chosen_by(choice // per_group, counted, self.num_groups, probs.dtype)
+        return {"chosen": chosen, "choices": counted.sum(1), "probs": _by_group(probs, self.num_groups)}
+
+    def value(self, sums: Sums) -> Tensor:
+        f = sums["chosen"] * self.num_groups / sums["choices"].clamp(min=1).unsqueeze(-1)
+        return (f * sums["probs"] / sums["tokens"].clamp(min=1).unsqueeze(-1)).sum(-1)
 
 
 @dataclass(frozen=True)
-class CommunicationBalance:
+class CommunicationBalance(TokenLoss):
     """Keeps the tokens sent to each group even; a token counts once for a group, however many experts it uses.
 
         sum_g f''_g P''_g,   f''_g = D / (M T) * tokens sent to group g,   P''_g = sum of P_e
@@ -54,40 +59,44 @@ class CommunicationBalance:
     num_groups: int
     groups_kept: int
 
-    def __call__(self, decision: Decision) -> Tensor:
+    def terms(self, decision: Decision) -> dict[str, Tensor]:
         """Raises ValueError for a decision without probabilities or choices."""
-        probs, choice, valid = facts(decision)
+        probs, choice, counted = facts(decision)
         group = choice // group_size(probs.shape[1], self.num_groups)
         touched = torch.zeros(len(probs), self.num_groups, dtype=probs.dtype, device=probs.device)
-        counted = counted_choices(decision, choice).to(probs.dtype)
-        touched = touched.scatter_reduce(1, group, counted, "amax")
-        f = touched.sum(0) * self.num_groups / (self.groups_kept * valid.sum().clamp(min=1))
-        return (f * _group_means(probs, valid, self.num_groups)).sum()
+        touched = touched.scatter_reduce(1, group, counted.to(probs.dtype), "amax")
+        return {"touched": touched, "probs": _by_group(probs, self.num_groups)}
+
+    def value(self, sums: Sums) -> Tensor:
+        tokens = sums["tokens"].clamp(min=1).unsqueeze(-1)
+        f = sums["touched"] * self.num_groups / (self.groups_kept * tokens)
+        return (f * sums["probs"] / tokens).sum(-1)
 
 
 @dataclass(frozen=True)
-class GlobalBatchBalance:
+class GlobalBatchBalance(LoadTimesProbability):
     """Load times probability whose counts are those of all ranks; probabilities are this rank's.
 
         E * sum_e f_e P_e,   f_e = count_e / all counts, summed over the group        Qiu et al. 2025, eq. 3
 
     Averaged over ranks of equal size this is the loss of the whole batch, so experts may specialise in sequences.
-    One process alone gives the `megatron` loss. Counts are of one call, not of all micro-batches of a step.
+    One process alone gives the `megatron` loss. For counts over all micro-batches of a step as well, and ranks of
+    any size, give the log the sums of its first pass, see `moestro.balance.RoutingLog.first_pass`.
 
     Attributes:
         group: process group; None = all ranks, if torch.distributed runs.
     """
 
+    convention: Literal["megatron"] = "megatron"
     group: dist.ProcessGroup | None = None
 
     def __call__(self, decision: Decision) -> Tensor:
         """Raises ValueError for a decision without probabilities or choices."""
-        probs, choice, valid = facts(decision)
-        load = count(choice, counted_choices(decision, choice), probs.shape[1], probs.dtype)
+        sums = self.sums(decision)
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(load, group=self.group)
-        mean = (probs * valid.unsqueeze(1)).sum(0) / valid.sum().clamp(min=1)
-        return probs.shape[1] * (load / load.sum().clamp(min=1) * mean).sum()
+            for name in ("chosen", "choices"):
+                dist.all_reduce(sums[name], group=self.group)
+        return self.value(sums)
 
 
 def group_size(num_experts: int, num_groups: int) -> int:
@@ -97,7 +106,6 @@ def group_size(num_experts: int, num_groups: int) -> int:
     return num_experts // num_groups
 
 
-def _group_means(probs: Tensor, valid: Tensor, num_groups: int) -> Tensor:
-    """Mean probability of each group, `[groups]`."""
-    mean = (probs * valid.unsqueeze(1)).sum(0) / valid.sum().clamp(min=1)
-    return mean.view(num_groups, -1).sum(1)
+def _by_group(probs: Tensor, num_groups: int) -> Tensor:
+    """Probability of each group, `[tokens, groups]`."""
+    return probs.unflatten(1, (num_groups, -1)).sum(-1)

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from moestro.balance.counts import valid_tokens
+from moestro.balance.loss import Loss, Sums
 from moestro.routing import Decision
 from moestro.routing.context import group_by_sequence
 
 
 @dataclass(frozen=True)
-class LocalisedBalance:
+class LocalisedBalance(Loss):
     """Squared variation of the experts' loads per sample, weighted by kind of data.
 
         Q[n, e] = sum over tokens of sample n of p[t, e];   I[n, e] = 1 + delta if e's half matches the type of n,
@@ -36,7 +37,7 @@ class LocalisedBalance:
         if not -1 < self.delta < 1:
             raise ValueError(f"delta={self.delta} must be between -1 and 1")
 
-    def __call__(self, decision: Decision) -> Tensor:
+    def sums(self, decision: Decision) -> dict[str, Tensor]:
         """Raises ValueError for a decision without probabilities, or without domains that are 0 or 1."""
         domain, probs = decision.notes.get("domain"), decision.probs
         if domain is None or probs is None:
@@ -52,6 +53,10 @@ class LocalisedBalance:
         weighted = probs * torch.where(match, 1 + self.delta, 1 - self.delta)
         token, present, _ = group_by_sequence(decision.notes.get("sequence"), valid, len(probs), probs.device)
         z = (weighted[token] * present.unsqueeze(-1)).sum(1)[present.any(1)]  # [samples, experts]
-        if z.numel() < 2:
-            return probs.sum() * 0
-        return z.var() / (z.mean().square() + 1e-10)
+        return {"z": z.sum(), "squares": z.square().sum(), "loads": torch.tensor(z.numel(), device=z.device)}
+
+    def value(self, sums: Sums) -> Tensor:
+        loads = sums["loads"]
+        mean = sums["z"] / loads.clamp(min=1)
+        variance = (sums["squares"] - loads * mean.square()) / (loads - 1).clamp(min=1)
+        return variance / (mean.square() + 1e-10) * (loads > 1)

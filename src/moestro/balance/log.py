@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from moestro.balance.totals import Layers, StepTotals, Term, terms_of
 from moestro.layers import MoE
 from moestro.routing import Decision
 
@@ -25,11 +26,22 @@ class RoutingLog:
         log.update_controllers()
 
     Close `recording()` before `backward`: activation checkpointing runs routers again, and what runs outside is
-    not recorded. What controllers measure adds up over all recordings in training mode until
-    `update_controllers`, so gradient accumulation needs no care.
+    not recorded. What controllers measure is joined over all recordings in training mode until
+    `update_controllers`, so gradient accumulation needs no care there.
+
+    Auxiliary losses are of the tokens of one recording, as in most code. For the loss of a whole optimiser step,
+    however it is split into micro-batches and ranks, look at them twice:
+
+        totals = log.first_pass(partial(model, batch) for batch in micro_batches)       # without gradient
+        for batch in micro_batches:
+            with log.recording():
+                loss = objective(model(batch))
+            (loss + log.auxiliary_loss(totals)).backward()        # adds up to the gradient of one big batch
 
     Args:
         model: any module that holds MoE layers; a layer shared by several places is recorded at each call.
+        layers: how the losses of layers come together: their `sum` (as papers have it), their `mean`, or `pooled`,
+            one loss of all layers' tokens (as transformers has it; all calls count together).
 
     Raises:
         ValueError: a model without an MoE layer.
@@ -39,16 +51,19 @@ class RoutingLog:
         decisions: decisions of the last recording by layer name, one per call.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, layers: Layers = "sum") -> None:
         self._moes = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
         if not self._moes:
             raise ValueError("this model has no MoE layer to record; build one with moestro.build(...)")
         self.layers = list(self._moes)
+        self._together = layers
+        terms_of({}, {}, layers)  # refuses another word
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.decisions: dict[str, list[Decision]] = {name: [] for name in self.layers}
         self._measured: dict[tuple[str, int], Tensor] = {}
         self._open = self._recorded = False
-        self._computed: dict[str, list[tuple[float, Tensor]]] | None = None
+        self._measuring = True
+        self._computed: tuple[StepTotals | None, list[tuple[Term, Tensor, Tensor]]] | None = None
         self._hooks = [moe.router.register_forward_hook(self._hook(name, moe)) for name, moe in self._moes.items()]
 
     @contextmanager
@@ -62,34 +77,66 @@ class RoutingLog:
         finally:
             self._open = False
 
-    def auxiliary_loss(self) -> Tensor:
+    def first_pass(
+        self, passes: Iterable[Callable[[], object]], group: dist.ProcessGroup | None = None
+    ) -> StepTotals:
+        """The sums of the auxiliary losses over a whole optimiser step.
+
+        Every pass runs without gradient; controllers measure nothing, and random numbers and the state of routers
+        are afterwards as before, so that the same passes with gradient decide the same. That costs one more
+        forward pass (about a third of a training step).
+
+        Args:
+            passes: run the model on one micro-batch each, in the order of the second pass.
+            group: ranks whose tokens count too; None = all, if torch.distributed runs.
+
+        Raises:
+            ValueError: a loss that is no `moestro.balance.Loss`, hence cannot be added up.
+        """
+        totals = StepTotals()
+        with torch.no_grad(), self._as_before(), torch.random.fork_rng(self._generators()):
+            for run in passes:
+                with self.recording():
+                    run()
+                totals.add(self._terms())
+        totals.reduce(group)
+        self._recorded, self._computed = False, None
+        return totals
+
+    def auxiliary_loss(self, totals: StepTotals | None = None) -> Tensor:
         """The sum over layers, calls and losses of `coefficient * loss(decision)`; 0 if no loss is on.
 
+        Args:
+            totals: of the step that this recording is a part of, from `first_pass`; then this is the part's share,
+                and the shares of all micro-batches add up to the loss of the step.
+
         Raises:
             ValueError: nothing was recorded.
         """
-        terms = [coefficient * value for coefficient, value in chain(*self._values().values()) if coefficient]
+        terms = [term.coefficient * value for term, value, _ in self._values(totals) if term.coefficient]
         return torch.stack(terms).sum() if terms else torch.zeros((), device=self._device)
 
-    def losses(self) -> dict[str, Tensor]:
+    def losses(self, totals: StepTotals | None = None) -> dict[str, Tensor]:
         """Each named loss without its coefficient and without gradient, averaged over layers and calls.
+
+        Args:
+            totals: see `auxiliary_loss`; then the losses are those of the whole step.
 
         Raises:
             ValueError: nothing was recorded.
         """
-        return {
-            title: torch.stack([value.detach() for _, value in each]).mean()
-            for title, each in self._values().items()
-            if each
-        }
+        by_title: dict[str, list[Tensor]] = {}
+        for term, _, value in self._values(totals):
+            by_title.setdefault(term.title, []).append(value)
+        return {title: torch.stack(values).mean() for title, values in by_title.items()}
 
-    def attach(self, y: Tensor) -> Tensor:
+    def attach(self, y: Tensor, totals: StepTotals | None = None) -> Tensor:
         """`y` itself; backward through it also adds the gradient of `auxiliary_loss`.
 
         For pipelines, where the objective is computed on another rank. The auxiliary gradient is added once,
         unscaled, whatever the gradient of `y`.
         """
-        attached: Tensor = _Attach.apply(y, self.auxiliary_loss())
+        attached: Tensor = _Attach.apply(y, self.auxiliary_loss(totals))
         return attached
 
     def update_controllers(self) -> None:
@@ -122,27 +169,39 @@ class RoutingLog:
             if not self._open:
                 return
             self.decisions[name].append(decision)
-            for index, controller in enumerate(moe.controllers if router.training else ()):
+            for index, controller in enumerate(moe.controllers if router.training and self._measuring else ()):
                 measured, key = controller.measure(decision), (name, index)
-                self._measured[key] = self._measured[key] + measured if key in self._measured else measured
+                before = self._measured.get(key)
+                self._measured[key] = measured if before is None else controller.join(before, measured)
 
         return record
 
-    def _values(self) -> dict[str, list[tuple[float, Tensor]]]:
-        """Coefficient and value of each named loss per layer and call, computed once per recording.
+    def _terms(self) -> list[Term]:
+        return terms_of(self.decisions, {name: moe.losses for name, moe in self._moes.items()}, self._together)
 
-        A loss whose coefficient is 0 is measured without gradient.
-        """
+    def _values(self, totals: StepTotals | None) -> list[tuple[Term, Tensor, Tensor]]:
+        """Each term with what to differentiate and its value, computed once per recording."""
         if not self._recorded:
             raise ValueError("nothing was recorded; run the model inside `with log.recording():` first")
-        if self._computed is None:
-            self._computed = {}
-            for name, moe in self._moes.items():
-                for title, (coefficient, loss) in moe.losses.items():
-                    with torch.set_grad_enabled(torch.is_grad_enabled() and coefficient != 0):
-                        values = [(coefficient, loss(decision)) for decision in self.decisions[name]]
-                    self._computed.setdefault(title, []).extend(values)
-        return self._computed
+        if self._computed is None or self._computed[0] is not totals:
+            self._computed = totals, [(term, *term.value(totals)) for term in self._terms()]
+        return self._computed[1]
+
+    @contextmanager
+    def _as_before(self) -> Iterator[None]:
+        """Routers keep their state, and controllers look away."""
+        buffers = [buffer for moe in self._moes.values() for buffer in moe.router.buffers()]
+        kept = [buffer.clone() for buffer in buffers]
+        self._measuring = False
+        try:
+            yield
+        finally:
+            self._measuring = True
+            for buffer, value in zip(buffers, kept, strict=True):
+                buffer.copy_(value)
+
+    def _generators(self) -> list[torch.device]:
+        return [self._device] if self._device.type == "cuda" else []
 
 
 class _Attach(torch.autograd.Function):

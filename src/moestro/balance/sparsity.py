@@ -7,25 +7,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moestro.balance.counts import count, counted_choices, facts
+from moestro.balance.counts import chosen_by, facts, logits_of, probs_of
+from moestro.balance.loss import Sums, TokenLoss, TokenMean
 from moestro.routing import Decision
 
 
-def router_entropy(decision: Decision) -> Tensor:
+class RouterEntropy(TokenMean):
     """Mean entropy of a token's probabilities, in nats: low when few experts suffice.
 
-        mean over tokens of -sum_e p_e log p_e        Huang et al. 2024, eq. 7
-
-    Raises:
-        ValueError: a decision without probabilities or choices.
+    mean over tokens of -sum_e p_e log p_e        Huang et al. 2024, eq. 7
     """
-    probs, _, valid = facts(decision)
-    entropy = torch.special.entr(probs.clamp(min=torch.finfo(probs.dtype).tiny)).sum(-1)
-    return (entropy * valid).sum() / valid.sum().clamp(min=1)
+
+    def each(self, decision: Decision) -> Tensor:
+        """Raises ValueError for a decision without probabilities."""
+        probs = probs_of(decision)
+        return torch.special.entr(probs.clamp(min=torch.finfo(probs.dtype).tiny)).sum(-1)
+
+
+router_entropy = RouterEntropy()
 
 
 @dataclass(frozen=True)
-class LoadWeightedL1:
+class LoadWeightedL1(TokenLoss):
     """The size of non-negative scores, weighted by how busy each expert is.
 
         mean over tokens of sum_e f_e R(x_t)_e,   f_e = E / (k T) * tokens that use e
@@ -37,17 +40,19 @@ class LoadWeightedL1:
 
     top_k: float
 
-    def __call__(self, decision: Decision) -> Tensor:
+    def terms(self, decision: Decision) -> dict[str, Tensor]:
         """Raises ValueError for a decision without probabilities or choices."""
-        scores, choice, valid = facts(decision)
-        total = valid.sum().clamp(min=1)
-        load = count(choice, counted_choices(decision, choice), scores.shape[1], scores.dtype)
-        f = load * scores.shape[1] / (self.top_k * total)
-        return (scores * valid.unsqueeze(1)).sum(0).mul(f).sum() / total
+        scores, choice, counted = facts(decision)
+        return {"chosen": chosen_by(choice, counted, scores.shape[1], scores.dtype), "scores": scores}
+
+    def value(self, sums: Sums) -> Tensor:
+        tokens = sums["tokens"].clamp(min=1).unsqueeze(-1)
+        f = sums["chosen"] * sums["chosen"].shape[-1] / (self.top_k * tokens)
+        return (f * sums["scores"] / tokens).sum(-1)
 
 
 @dataclass(frozen=True)
-class DearExperts:
+class DearExperts(TokenLoss):
     """Load times probability where every expert has a price of its own.
 
         sum_e price_e f_e P_e,   f_e = tokens that chose e / T        Jin et al. 2024 (MoE++), eq. 7
@@ -58,17 +63,19 @@ class DearExperts:
 
     prices: tuple[float, ...]
 
-    def __call__(self, decision: Decision) -> Tensor:
+    def terms(self, decision: Decision) -> dict[str, Tensor]:
         """Raises ValueError for a decision without probabilities or choices."""
-        probs, choice, valid = facts(decision)
-        total = valid.sum().clamp(min=1)
-        load = count(choice, counted_choices(decision, choice), probs.shape[1], probs.dtype) / total
+        probs, choice, counted = facts(decision)
+        return {"chosen": chosen_by(choice, counted, probs.shape[1], probs.dtype), "probs": probs}
+
+    def value(self, sums: Sums) -> Tensor:
+        tokens, probs = sums["tokens"].clamp(min=1).unsqueeze(-1), sums["probs"]
         prices = torch.tensor(self.prices, dtype=probs.dtype, device=probs.device)
-        return (prices * load * (probs * valid.unsqueeze(1)).sum(0) / total).sum()
+        return (prices * sums["chosen"] / tokens * probs / tokens).sum(-1)
 
 
 @dataclass(frozen=True)
-class AtTemperature:
+class AtTemperature(TokenLoss):
     """A balance loss whose probabilities are `softmax(logits / temperature)`, whatever the gate does.
 
         E * sum_e f_e P_e,   f from first choices        Chi et al. 2022, section 3.3
@@ -83,12 +90,12 @@ class AtTemperature:
         if self.temperature <= 0:
             raise ValueError(f"temperature={self.temperature} must be above 0")
 
-    def __call__(self, decision: Decision) -> Tensor:
+    def terms(self, decision: Decision) -> dict[str, Tensor]:
         """Raises ValueError for a decision without logits, probabilities or choices."""
-        _, choice, valid = facts(decision)
-        if decision.logits is None:
-            raise ValueError("this loss needs logits, but this router has none")
-        probs, first = (decision.logits / self.temperature).softmax(-1), choice[:, :1]
-        total = valid.sum().clamp(min=1)
-        f = count(first, counted_choices(decision, choice)[:, :1], probs.shape[1], probs.dtype) / total
-        return probs.shape[1] * (f * (probs * valid.unsqueeze(1)).sum(0) / total).sum()
+        _, choice, counted = facts(decision)
+        probs = (logits_of(decision) / self.temperature).softmax(-1)
+        return {"chosen": chosen_by(choice[:, :1], counted[:, :1], probs.shape[1], probs.dtype), "probs": probs}
+
+    def value(self, sums: Sums) -> Tensor:
+        tokens = sums["tokens"].clamp(min=1).unsqueeze(-1)
+        return sums["probs"].shape[-1] * (sums["chosen"] / tokens * sums["probs"] / tokens).sum(-1)

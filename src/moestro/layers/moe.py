@@ -47,7 +47,7 @@ class MoE(nn.Module):
         controllers: adjust the router after an optimiser step, e.g. `moestro.balance.LossFreeBias`.
 
     Raises:
-        ValueError: a router and experts that disagree about the number of experts.
+        ValueError: a router and experts that disagree about the number of experts, or a controller that cannot act.
     """
 
     def __init__(
@@ -70,6 +70,8 @@ class MoE(nn.Module):
             if isinstance(loss, nn.Module):  # a loss with a state, saved with the weights
                 self.add_module(f"{name}_loss", loss)
         self.controllers = list(controllers)
+        for controller in self.controllers:
+            controller.check(self)
         self.method: str | None = None
         self.options: dict[str, Any] = {}
 

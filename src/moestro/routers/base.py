@@ -70,7 +70,7 @@ class Float32Buffers(nn.Module):
 
 def context_notes(context: Context) -> dict[str, Tensor]:
     """The facts of the context that losses and inspection need beside a decision."""
-    facts = {"valid": context.valid, "sequence": context.sequence, "domain": context.domain}
+    facts = {name: getattr(context, name) for name in ("valid", "sequence", "domain", "device")}
     return {name: value for name, value in facts.items() if value is not None}
 
 

@@ -29,7 +29,8 @@ class TwoLevelNoisy(Router):
         floor: smallest standard deviation of the noise.
 
     Parameters, zero at the start: group and group_noise `[groups, width]`, expert and expert_noise
-    `[groups, per_group, width]`. Notes `smooth_load` `[experts]`, which carries the gradient of the load.
+    `[groups, per_group, width]`. Notes of the smooth load, with its gradient: `sent` (0 or 1) and
+    `group_chance` `[tokens, groups]`, `place_chance` `[tokens, groups, per_group]`, 0 where not sent.
     """
 
     def __init__(
@@ -63,15 +64,11 @@ class TwoLevelNoisy(Router):
         keep = None if context.valid is None else context.valid.unsqueeze(1).expand_as(index)
         routing = SparseRouting.from_choice(index, weight, self.num_experts, keep)
         sent = torch.zeros_like(noisy1).scatter(1, group, 1.0)
-        if context.valid is not None:
-            sent = sent * context.valid.unsqueeze(1)
         notes = {**context_notes(context), "choice": index}
         notes |= {} if keep is None else {"kept": keep}
-        first = chance(clean1, noisy1, std1, self.groups_per_token)
-        if context.valid is not None:
-            first = first * context.valid.unsqueeze(1)
-        second = (chance(clean2, noisy2, std2, self.experts_per_group) * sent.unsqueeze(2)).sum(0)
-        notes["smooth_load"] = (second * (first.sum(0) / (sent.sum(0) + 1e-10)).unsqueeze(1)).flatten()
+        notes["sent"] = sent
+        notes["group_chance"] = chance(clean1, noisy1, std1, self.groups_per_token)
+        notes["place_chance"] = chance(clean2, noisy2, std2, self.experts_per_group) * sent.unsqueeze(2)
         logits = (clean1.log_softmax(-1).unsqueeze(2) + clean2.log_softmax(-1)).flatten(1)
         return Decision(routing, logits, logits.exp(), notes)
 

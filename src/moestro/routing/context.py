@@ -22,6 +22,7 @@ class Context:
         position: place of a token in its sequence, `[tokens]` int.
         valid: False for padding, `[tokens]` bool; padding gets no expert, no output and enters no loss.
         domain: source, language or task of every token, `[tokens]` int.
+        device: device that every token lives on, for what prefers its neighbourhood, `[tokens]` int.
         previous: the decision of the layer before.
     """
 
@@ -30,6 +31,7 @@ class Context:
     position: Tensor | None = None
     valid: Tensor | None = None
     domain: Tensor | None = None
+    device: Tensor | None = None
     previous: Decision | None = None
 
     def check(self, num_tokens: int) -> None:

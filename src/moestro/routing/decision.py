@@ -30,6 +30,7 @@ class Decision:
             `valid` `[tokens]` bool, False for padding (absent = all valid);
             `sequence` `[tokens]` the sequence of each token (absent = one);
             `domain` `[tokens]` the domain of each token (absent = unknown);
+            `device` `[tokens]` the device that each token lives on (absent = unknown);
             `noisy_logits` and `noise_std` `[tokens, experts]` of routers with noise on their logits;
             `shared_weight` `[tokens]` weight of the shared expert (absent = 1);
             `bias` `[experts]` added to the scores for selection only.

@@ -75,6 +75,11 @@ class TrainSection(Section):
     steps: int = Field(400, ge=1, description="optimiser steps")
     batch_size: int = Field(16, ge=1, description="sequences in an optimiser step")
     accumulate: int = Field(1, ge=1, description="micro-batches that the batch is split into")
+    statistics: Literal["micro-batch", "step"] = Field(
+        "micro-batch",
+        description="tokens of an auxiliary loss; step = exact for any accumulate, one pass more",
+    )
+    layers: Literal["sum", "mean", "pooled"] = Field("sum", description="auxiliary losses of the layers together")
     learning_rate: float = Field(1.2e-3, gt=0, description="peak learning rate")
     schedule: Literal["cosine", "wsd", "constant"] = Field("cosine", description="learning rate after warm-up")
     warmup_fraction: float = Field(0.1, ge=0, lt=1, description="share of the steps that warms up linearly")

@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moestro.balance import RoutingLog
+from moestro.balance import RoutingLog, StepTotals
 from moestro.data import Batch
 from moestro.train.errors import NonFiniteLoss
 from moestro.train.machine import Machine
+
+Statistics = Literal["micro-batch", "step"]
 
 
 @dataclass(frozen=True)
@@ -31,8 +35,9 @@ class Stepper:
     """Takes optimiser steps.
 
     A batch is split into `accumulate` micro-batches. Each token weighs the same however it is split: losses are
-    summed over tokens and divided by the tokens of the whole batch; an auxiliary loss counts by the share of the
-    tokens in its micro-batch.
+    summed over tokens and divided by the tokens of the whole batch. An auxiliary loss is that of each micro-batch,
+    weighed by its tokens, or with `statistics="step"` that of all tokens of the batch, exactly; the latter runs the
+    micro-batches once more without gradient (`RoutingLog.first_pass`), unless there is one only.
 
     Args:
         model: tokens and, by keyword, domain, both `[batch, length]` -> logits.
@@ -42,6 +47,7 @@ class Stepper:
         accumulate: micro-batches in a batch.
         clip: largest gradient norm; 0 = no clipping.
         compiled: what to call in place of the model, for example `torch.compile(model)`.
+        statistics: whose tokens an auxiliary loss is computed from, "micro-batch" or "step".
     """
 
     def __init__(
@@ -54,16 +60,18 @@ class Stepper:
         accumulate: int = 1,
         clip: float = 1.0,
         compiled: Callable[..., Tensor] | None = None,
+        statistics: Statistics = "micro-batch",
     ):
         self.model, self.optimiser, self.machine, self.log = model, optimiser, machine, log
-        self.accumulate, self.clip = accumulate, clip
+        self.accumulate, self.clip, self.statistics = accumulate, clip, statistics
         self._forward: Callable[..., Tensor] = model if compiled is None else compiled
 
     def __call__(self, batch: Batch, step: int) -> StepResult:
         """Learn from one batch; raises NonFiniteLoss, naming `step`, before a bad gradient reaches the weights."""
         self.model.train()
         self.optimiser.zero_grad(set_to_none=True)
-        parts = [self._backward(*part) for part in self._parts(batch)]
+        totals = self._totals(batch)
+        parts = [self._backward(*part, totals) for part in self._parts(batch)]
         total = {name: torch.stack([part[name] for part in parts]).sum() for name in parts[0]}
         norm = self._gradient_norm()
         loss, auxiliary, grad_norm = torch.stack([total.pop("loss"), total.pop("auxiliary_loss"), norm]).tolist()
@@ -83,7 +91,18 @@ class Stepper:
         for tokens, domain, targets in zip(*pieces, strict=True):
             yield tokens, domain, targets, 1 / batch.targets.numel()
 
-    def _backward(self, tokens: Tensor, domain: Tensor, targets: Tensor, weight: float) -> dict[str, Tensor]:
+    def _totals(self, batch: Batch) -> StepTotals | None:
+        if self.log is None or self.statistics == "micro-batch" or self.accumulate == 1:
+            return None
+        return self.log.first_pass(partial(self._infer, *part[:2]) for part in self._parts(batch))
+
+    def _infer(self, tokens: Tensor, domain: Tensor) -> Tensor:
+        with self.machine.autocast():
+            return self._forward(tokens, domain=domain)
+
+    def _backward(
+        self, tokens: Tensor, domain: Tensor, targets: Tensor, weight: float, totals: StepTotals | None
+    ) -> dict[str, Tensor]:
         share = tokens.numel() * weight
         if self.log is None:
             with self.machine.autocast():
@@ -92,7 +111,8 @@ class Stepper:
         else:
             with self.log.recording(), self.machine.autocast():
                 logits = self._forward(tokens, domain=domain)
-            auxiliary, named = self.log.auxiliary_loss() * share, self.log.losses()
+            auxiliary, named = self.log.auxiliary_loss(totals), self.log.losses(totals)
+            auxiliary = auxiliary * share if totals is None else auxiliary
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum") * weight
         (loss + auxiliary).backward()
         measured = {"loss": loss.detach(), "auxiliary_loss": auxiliary.detach().float()}

@@ -72,7 +72,7 @@ class Training:
         self.settings = around.recipe.train
         self.model = model.to(around.machine.device)
         sparse = any(isinstance(module, MoE) for module in model.modules())
-        self.log = RoutingLog(model) if sparse else None
+        self.log = RoutingLog(model, self.settings.layers) if sparse else None
         self.optimiser = build_optimiser(
             model,
             learning_rate=self.settings.learning_rate,
@@ -155,6 +155,7 @@ class Training:
             accumulate=self.settings.accumulate,
             clip=self.settings.clip,
             compiled=compile_around_experts(self.model) if self.settings.compile else None,
+            statistics=self.settings.statistics,
         )
 
     def _one_step(self, stepper: Stepper, learning_rate: float) -> None:
