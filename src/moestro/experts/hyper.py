@@ -41,7 +41,8 @@ class HyperNetwork(nn.Module):
     def forward(self, q: Tensor, layer: Tensor) -> list[Tensor]:
         c = (q @ self.first).relu() @ self.second
         h = (torch.cat([c, layer.expand(len(c), -1)], 1) @ self.mix).relu()
-        return [torch.tensordot(h, head, dims=1) for head in self.heads]
+        # matrix products, because autocast leaves a tensordot of mixed precision as it is
+        return [(h @ head.flatten(1)).unflatten(1, head.shape[1:]) for head in self.heads]
 
 
 class HyperExperts(Experts):
