@@ -8,17 +8,35 @@ from pathlib import Path
 from typing import Any
 
 from moestro.data import Batches, Corpus, TokenFile, prepare_corpus
+from moestro.methods import all_methods
 from moestro.models import DecoderLM, build_language_model
 from moestro.train.recipe import DataSection, ModelSection, Recipe
 
 MIN_MAX_LENGTH = 2048  # rotary positions cost nothing to have, and text may be generated past the trained length
 
 
-def build_model(section: ModelSection, *, vocab_size: int, sequence_length: int, seed: int) -> DecoderLM:
-    """The language model that a recipe describes; ValueError when its parts do not fit."""
+def build_model(
+    section: ModelSection, *, vocab_size: int, sequence_length: int, seed: int, num_domains: int | None = None
+) -> DecoderLM:
+    """The language model that a recipe describes; ValueError when its parts do not fit.
+
+    Args:
+        section: the recipe's.
+        vocab_size: token ids.
+        sequence_length: tokens in a sequence.
+        seed: of the weights.
+        num_domains: sources of the text, for methods with that option, unless the recipe gives it.
+    """
     arguments: dict[str, Any] = section.model_dump()
+    if num_domains is not None and _takes_domains(section.method):
+        arguments["options"] = {"num_domains": num_domains} | arguments["options"]
     max_length = max(MIN_MAX_LENGTH, sequence_length)
     return build_language_model(vocab_size=vocab_size, max_length=max_length, seed=seed, **arguments)
+
+
+def _takes_domains(name: str | None) -> bool:
+    method = all_methods().get(name or "")
+    return method is not None and "num_domains" in method.options
 
 
 def build_corpus(section: DataSection) -> Corpus:

@@ -136,7 +136,7 @@ def load_recipe(path: str | Path | None = None, overrides: Mapping[str, Any] | N
     Raises RecipeError, one sentence that names the file, the line and the key, for an unknown key, a wrong type,
     a value out of range, an unknown method or an option that the method does not take.
     """
-    source = read_yaml(_find(path))
+    source = read_yaml(find_recipe(path))
     given = _nested(overrides or {})
     below = _without_foreign_options(source.values, given)
     recipe = _validated(_merged(below, given), _Places(source, given))
@@ -179,7 +179,8 @@ class _Places:
         return bool(key) and not isinstance(value, Mapping)
 
 
-def _find(path: str | Path | None) -> Path:
+def find_recipe(path: str | Path | None) -> Path:
+    """The file of a recipe: a path, the name of a shipped one, or None for the default; RecipeError if absent."""
     shipped = shipped_recipes()
     if path is None or (str(path) in shipped and not Path(path).exists()):
         name = "first" if path is None else str(path)

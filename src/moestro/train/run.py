@@ -53,6 +53,13 @@ def train_run(
         Stopped: a signal stopped the run and its state was saved.
     """
     out, progress = Path(out), progress or default_progress()
+    result = train_models(recipe, out, resume=resume, overwrite=overwrite, progress=progress)
+    _report(out, progress)
+    return result
+
+
+def train_models(recipe: Recipe, out: Path, *, resume: bool, overwrite: bool, progress: Progress) -> dict[str, Any]:
+    """What `train_run` does, without the report."""
     check_folder(out, recipe, resume=resume, overwrite=overwrite)
     machine = choose_machine(recipe.train.device, recipe.train.precision, recipe.train.threads)
     with repeatable(machine), _random_states_kept(), Interrupt() as interrupt:
@@ -61,9 +68,7 @@ def train_run(
         introduce(around, model)
         with _nothing_half_begun(out, resume):
             claim_folder(out, recipe, resume=resume)
-            result = _train(around, model, out)
-    _report(out, progress)
-    return result
+            return _train(around, model, out)
 
 
 def _report(out: Path, progress: Progress) -> None:
@@ -91,8 +96,13 @@ def _model(around: Surroundings) -> DecoderLM:
     recipe, corpus = around.recipe, around.corpus
     training_batches(corpus, recipe)
     validation_batches(corpus.validation, recipe.train.batch_size, recipe.data.sequence_length)
-    size, length = corpus.tokenizer.vocab_size, recipe.data.sequence_length
-    return build_model(recipe.model, vocab_size=size, sequence_length=length, seed=recipe.seed)
+    return build_model(
+        recipe.model,
+        vocab_size=corpus.tokenizer.vocab_size,
+        sequence_length=recipe.data.sequence_length,
+        seed=recipe.seed,
+        num_domains=len(corpus.domains),
+    )
 
 
 def _balance(model: DecoderLM) -> list[str]:

@@ -179,9 +179,20 @@ class Training:
         self.metrics.append(record)
         if self.log is not None and (self.step % self.settings.log_every == 0 or self.step == self.settings.steps):
             routing = routing_record(self.step, self.log.decisions)
+            for layer in routing["layers"]:
+                layer["router_grad_norm"] = self._router_gradient(layer["name"], result.grad_norm)
             self.routing.append(routing)
             self.around.progress.load({layer["name"]: layer["load"] for layer in routing["layers"]})
         self.around.progress.step(record)
+
+    def _router_gradient(self, layer: str, grad_norm: float) -> float | None:
+        """Norm of a router's gradient before clipping; None if no parameter of it has one."""
+        router = self.model.get_submodule(f"{layer}.router")
+        gradients = [p.grad for p in router.parameters() if p.grad is not None]
+        if not gradients:
+            return None
+        clipped = float(torch.nn.utils.get_total_norm(gradients))
+        return clipped * (max(1.0, grad_norm / self.settings.clip) if self.settings.clip else 1.0)
 
     def _evaluation_due(self) -> bool:
         done = [record["step"] for record in self.evaluations.records]
