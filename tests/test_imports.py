@@ -25,7 +25,8 @@ ALLOWED["hf"] = ALLOWED["models"] | {"models", "kernels"}
 ALLOWED["inspect"] = ALLOWED["methods"] | {"methods"}
 ALLOWED["inference"] = ALLOWED["models"] | {"models", "inspect", "data"}
 ALLOWED["train"] = ALLOWED["inference"] | {"inference"}
-ALLOWED["cli"] = ALLOWED["train"] | {"train", "hf"}
+ALLOWED["study"] = ALLOWED["train"] | {"train"}
+ALLOWED["cli"] = ALLOWED["study"] | {"study", "hf"}
 
 
 def imports_of(file: Path) -> set[str]:

@@ -18,6 +18,8 @@ COMMANDS = (
     ("generate", "generate", "Continue a text with a trained model."),
     ("eval", "evaluate", "Measure a trained model in bits per byte of a text."),
     ("plan", "plan", "Say what a recipe costs before it is trained."),
+    ("study", "study", "Train many methods under equal conditions and compare them."),
+    ("leaderboard", "leaderboard", "Print the table of finished studies as a page of documentation."),
     ("report", "report", "Write the page that shows what the experts of a run did."),
     ("methods", "methods", "List the routing methods and the papers they follow."),
     ("show", "show", "Show the parts that a method is assembled from."),

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from moestro.inspect.specialisation import SpecialisationCounter
     from moestro.inspect.statistics import LayerTally, layer_statistics, routing_record
     from moestro.inspect.strip import load_strip
+    from moestro.inspect.study_page import write_study_page
 
 _HOMES = {
     "LayerTally": "statistics",
@@ -17,6 +18,7 @@ _HOMES = {
     "load_strip": "strip",
     "routing_record": "statistics",
     "write_report": "report",
+    "write_study_page": "study_page",
 }
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "load_strip",
     "routing_record",
     "write_report",
+    "write_study_page",
 ]
 
 

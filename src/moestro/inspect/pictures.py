@@ -43,7 +43,7 @@ def loss_curves(curves: Mapping[str, Series]) -> Spec:
         figure.add_scatter(x=steps, y=values, line=faint, opacity=0.28, hoverinfo="skip", showlegend=False)
         figure.add_scatter(x=steps, y=smooth, line={"color": colour, "width": 2.2}, name=name)
         tops.append(max(smooth[len(smooth) // 20 :]))
-    spec = _spec(figure, "step", "nats per token", 320)
+    spec = figure_spec(figure, "step", "nats per token", 320)
     lowest = [y for trace in spec["data"] for y in trace["y"]]
     room = 0.06 * (max(tops) - min(lowest)) or 0.05
     spec["layout"]["yaxis"]["range"] = [min(lowest) - room, max(tops) + room]
@@ -72,7 +72,7 @@ def validation_curves(curves: Mapping[str, Series], unit: str) -> Spec:
             cliponaxis=False,
             hovertemplate="step %{x}: %{y:.4f}<extra>" + name + "</extra>",
         )
-    spec = _spec(figure, "step", unit, 320)
+    spec = figure_spec(figure, "step", unit, 320)
     low, high = (edge(edge(trace["y"]) for trace in spec["data"]) for edge in (min, max))
     room = 0.12 * (high - low) or 0.05
     spec["layout"]["xaxis"]["rangemode"] = "tozero"
@@ -94,7 +94,7 @@ def load_over_time(steps: Sequence[int], loads: Sequence[Sequence[float]]) -> Sp
         coloraxis="coloraxis",
         hovertemplate="step %{x}, expert %{y}: %{z:.2f} × fair share<extra></extra>",
     )
-    spec = _spec(go.Figure(heat), "step", "expert", max(190, min(130 + 9 * num_experts, 560)))
+    spec = figure_spec(go.Figure(heat), "step", "expert", max(190, min(130 + 9 * num_experts, 560)))
     spec["layout"]["coloraxis"] = {"cmin": 0, "cmax": 2, "colorbar": _bar(["0", "½×", "fair", "1½×", "≥ 2×"], 0.5)}
     spec["layout"]["meta"] = {"scale": "diverging"}
     spec["layout"]["yaxis"] |= {"showgrid": False, "dtick": _tick(num_experts), "autorange": "reversed"}
@@ -124,7 +124,7 @@ def final_load(load: Sequence[float], dead: Sequence[int]) -> Spec:
     fair = 100 / len(load)
     figure = go.Figure(bars)
     figure.add_hline(y=fair, line={"dash": "dash", "width": 1.5, "color": TWIN})
-    spec = _spec(figure, "expert", "% of the choices", 230)
+    spec = figure_spec(figure, "expert", "% of the choices", 230)
     spec["layout"]["xaxis"] |= {"dtick": _tick(len(load)), "showgrid": False}
     spec["layout"]["yaxis"]["range"] = [0, 1.12 * max(*percent, 1.6 * fair)]
     spec["layout"]["bargap"] = 0.18
@@ -141,7 +141,7 @@ def lines_per_layer(curves: Mapping[str, Series], unit: str, ceiling: tuple[floa
         figure.add_scatter(
             x=times, y=[column[0] for column in columns], name=html.escape(name), line={"color": colour, "width": 2}
         )
-    spec = _spec(figure, "step", unit, 280)
+    spec = figure_spec(figure, "step", unit, 280)
     spec["layout"]["yaxis"]["rangemode"] = "tozero"
     if ceiling is not None:
         value, label = ceiling
@@ -185,7 +185,7 @@ def domains_by_expert(shares: Sequence[Sequence[float]], domains: Sequence[str],
         coloraxis="coloraxis",
         hovertemplate="expert %{y} gets %{z:.2f} % of %{x}<extra></extra>",
     )
-    spec = _spec(go.Figure(heat), "", "expert", 70 + max(140, min(18 * num_experts, 1100)))
+    spec = figure_spec(go.Figure(heat), "", "expert", 70 + max(140, min(18 * num_experts, 1100)))
     spec["layout"]["coloraxis"] = {"cmin": 0, "cmax": 100 * most, "showscale": False}
     spec["layout"]["meta"] = {"scale": "sequential"}
     spec["layout"]["xaxis"] |= {"type": "category", "showgrid": False, "side": "top", "ticks": ""}
@@ -194,7 +194,7 @@ def domains_by_expert(shares: Sequence[Sequence[float]], domains: Sequence[str],
     return spec
 
 
-def _spec(figure: Any, x: str, y: str, height: int) -> Spec:
+def figure_spec(figure: Any, x: str, y: str, height: int) -> Spec:
     """The figure as data and layout for the page, which adds fonts and the colours of its theme."""
     axis = {"automargin": True, "zeroline": False, "ticks": "outside", "ticklen": 4}
     figure.update_layout(
