@@ -412,16 +412,17 @@ def test_expert_gate_errors_are_those_of_each_autoencoder():
     v = ((x - x.mean(0)) / x.std(0, correction=0)).sigmoid()
     for e in range(4):
         code = (v @ gate.encode[e] + gate.encode_bias[e]).relu()
-        error = (v - code @ gate.decode[e] - gate.decode_bias[e]).square().sum(1)
-        assert_close(moe.route(x).logits[:, e], -error / 1.5)
+        back = (code @ gate.decode[e] + gate.decode_bias[e]).sigmoid()
+        assert_close(moe.route(x).logits[:, e], -(v - back).square().sum(1) / 1.5)
+        entropy = -(v * back.log() + (1 - v) * (1 - back).log()).sum(1)
+        assert_close(gate.cross_entropy(x)[:, e], entropy)
 
 
 def test_expert_gate_prefers_the_task_that_reconstructs_exactly():
-    moe, x = layer("expert-gate", gate_hidden=5), tokens(6)
+    moe, x = layer("expert-gate", gate_hidden=5), tokens(1).expand(6, 5)
     gate = moe.router.scorer
     with torch.no_grad():
-        gate.encode[2], gate.decode[2] = torch.eye(5), torch.eye(5)
-        gate.encode_bias[2], gate.decode_bias[2] = 0, 0
+        gate.decode[2], gate.decode_bias[2] = 0, x[0]  # a task of one input, known by heart
     decision = moe.route(x)
     assert decision.notes["choice"].flatten().tolist() == [2] * 6
     assert decision.probs.argmax(1).tolist() == [2] * 6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moestro.routers.scorers import Scorer
@@ -13,7 +14,7 @@ class Autoencoders(Scorer):
     """One small autoencoder per expert; small errors are large logits.
 
         v = sigmoid((x - mean) / std);   error_e = |v - r_e(v)|^2;   logits_e = -error_e / temperature
-        r_e(v) = W'_e relu(W_e v + b_e) + b'_e        Aljundi et al. 2017, eqs. 1-3
+        r_e(v) = sigmoid(W'_e relu(W_e v + b_e) + b'_e)        Aljundi et al. 2017, eqs. 1-3
 
     Inputs count as fixed features: no gradient flows into x.
 
@@ -52,10 +53,22 @@ class Autoencoders(Scorer):
 
     def errors(self, x: Tensor) -> Tensor:
         """Squared reconstruction errors, `[tokens, experts]`."""
-        v = ((x.detach() - self.mean.to(x.dtype)) / self.std.to(x.dtype)).sigmoid()
-        code = (v @ self.encode.to(x.dtype) + self.encode_bias.to(x.dtype)).relu()  # [experts, tokens, hidden]
-        back = code @ self.decode.to(x.dtype) + self.decode_bias.to(x.dtype)
-        return (v - back).square().sum(-1).t()
+        v = self._features(x)
+        return (v - self._decoded(v).sigmoid()).square().sum(-1).t()
+
+    def cross_entropy(self, x: Tensor) -> Tensor:
+        """Cross-entropy of reconstructions and features, by which the paper trains, `[tokens, experts]`."""
+        v = self._features(x)
+        back = self._decoded(v)
+        return F.binary_cross_entropy_with_logits(back, v.expand_as(back), reduction="none").sum(-1).t()
+
+    def _features(self, x: Tensor) -> Tensor:
+        return ((x.detach() - self.mean.to(x.dtype)) / self.std.to(x.dtype)).sigmoid()
+
+    def _decoded(self, v: Tensor) -> Tensor:
+        """Reconstructions before the sigmoid, `[experts, tokens, width]`."""
+        code = (v @ self.encode.to(v.dtype) + self.encode_bias.to(v.dtype)).relu()  # [experts, tokens, hidden]
+        return code @ self.decode.to(v.dtype) + self.decode_bias.to(v.dtype)
 
     def forward(self, x: Tensor, context: Context = NO_CONTEXT) -> Tensor:
         return -self.errors(x) / self.temperature
