@@ -15,6 +15,7 @@ from moestro.routing import MergeRouting, SparseRouting
 LINKS = {
     "identity": lambda row: row,
     "relu": lambda row: row.clamp(min=0),
+    "tanh": lambda row: row.tanh(),
     "exp": lambda row: row.exp(),
     "softmax": lambda row: row.exp() / row.exp().sum(),
 }
@@ -67,5 +68,5 @@ def test_merged_experts_have_the_bank_s_width():
 
 
 def test_an_unknown_link_is_refused():
-    with pytest.raises(ValueError, match="unknown link 'probit'; choose one of identity, relu, exp, softmax"):
+    with pytest.raises(ValueError, match="unknown link 'probit'; choose one of identity, relu, tanh, exp, softmax"):
         AffineExperts(2, 3, 1, "probit")

@@ -26,6 +26,7 @@ def softmax(x: Tensor) -> Tensor:
 LINKS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": identity,
     "relu": F.relu,
+    "tanh": torch.tanh,
     "exp": torch.exp,
     "softmax": softmax,
 }
@@ -40,7 +41,7 @@ class AffineExperts(Experts):
         num_experts: number of experts.
         width: size of a row going in.
         out_width: size of a row coming out.
-        link: `identity`, `relu`, `exp` (counts and positive targets) or `softmax` (class probabilities).
+        link: `identity`, `relu`, `tanh`, `exp` (counts, positive targets) or `softmax` (class probabilities).
         kernel: back end of the grouped product, see `moestro.kernels`.
 
     Parameters: weight `[experts, width, out_width]` from normal(0, 1/sqrt(width)), bias `[experts, out_width]`

@@ -78,12 +78,13 @@ def _parts(layer: Any) -> tuple[AffineExperts, Scorer]:
             "from_moe reads a MoE whose router weighs all experts by the softmax of affine logits, of a tree or of "
             "densities (method dense-softmax); this layer has another router"
         )
-    if layer.shared is not None or not isinstance(layer.experts, AffineExperts) or layer.experts.link == "relu":
+    bank = layer.experts
+    if layer.shared is not None or not isinstance(bank, AffineExperts) or bank.link in ("relu", "tanh"):
         raise ValueError(
             "from_moe reads AffineExperts with link 'identity', 'exp' or 'softmax' and no shared expert; "
-            f"this layer has {type(layer.experts).__name__}" + (" and a shared expert" if layer.shared else "")
+            f"this layer has {type(bank).__name__}" + (" and a shared expert" if layer.shared else "")
         )
-    return layer.experts, router.scorer
+    return bank, router.scorer
 
 
 def _estimator(bank: AffineExperts, scorer: Scorer) -> MixtureOfExperts:
