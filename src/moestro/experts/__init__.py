@@ -8,6 +8,8 @@ from moestro.experts.concat import ConcatExperts
 from moestro.experts.glu import GLU
 from moestro.experts.mlp import MLP
 from moestro.experts.modules import ModuleExperts
+from moestro.experts.quantised import QuantisedExperts, QuantisedLinear, quantise, quantise_linear
+from moestro.experts.quantised_stack import TensorError
 from moestro.experts.single import FeedForward, GatedFeedForward
 from moestro.experts.trivial import ConstantExperts, CopyExperts, ZeroExperts
 
@@ -23,7 +25,12 @@ __all__ = [
     "FeedForward",
     "GatedFeedForward",
     "ModuleExperts",
+    "QuantisedExperts",
+    "QuantisedLinear",
+    "TensorError",
     "ZeroExperts",
     "is_gated",
     "make_experts",
+    "quantise",
+    "quantise_linear",
 ]

@@ -2,6 +2,7 @@
 
 from moestro.inference.evaluate import Evaluation, evaluate
 from moestro.inference.generation import generate
+from moestro.inference.quantise import quantise_model
 from moestro.inference.sampler import Sampler
 
-__all__ = ["Evaluation", "Sampler", "evaluate", "generate"]
+__all__ = ["Evaluation", "Sampler", "evaluate", "generate", "quantise_model"]

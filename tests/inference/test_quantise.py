@@ -1,0 +1,50 @@
+"""A quantised language model: every tensor named, nothing skipped in silence, much the same text."""
+
+import pytest
+import torch
+from oracles.tiny_models import tiny_model, tokens_for
+
+from moestro.experts import QuantisedExperts, QuantisedLinear
+from moestro.inference import generate, quantise_model
+
+
+@pytest.mark.parametrize(("bits", "far"), [(8, 0.05), (4, 0.5)])
+def test_every_map_and_bank_is_quantised_and_listed(bits, far):
+    model = tiny_model("olmoe")
+    tokens = tokens_for(model)
+    with torch.inference_mode():
+        before = model(tokens)
+    errors = quantise_model(model, bits, group=32)
+    assert not any(isinstance(module, torch.nn.Linear) for module in model.modules())
+    left = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
+    assert left == {"weight"}  # norms, routers and the embedding
+    layers = len(model.layers)
+    assert len(errors) == layers * 5 + 1
+    assert [error.name for error in errors[:5]] == [
+        "layers.0.attention.qkv.weight",
+        "layers.0.attention.output.weight",
+        "layers.0.moe.experts.gate",
+        "layers.0.moe.experts.up",
+        "layers.0.moe.experts.down",
+    ]
+    assert errors[-1].name == "head.weight"
+    with torch.inference_mode():
+        after = model(tokens)
+    assert float((after - before).norm() / before.norm()) < far
+    assert len(list(generate(model, [1, 2, 3], 10))) == 10
+
+
+def test_what_cannot_be_quantised_must_be_named():
+    model = tiny_model("deepseek-v3")  # has shared experts, which are plain feed-forward networks
+    with pytest.raises(ValueError, match="shared"):
+        quantise_model(model)
+    assert not any(isinstance(module, QuantisedExperts | QuantisedLinear) for module in model.modules())
+    quantise_model(model, keep=["*norm.weight", "*.router.*", "embedding.weight", "*.shared.*", "*.ffn.*"])
+    assert any(isinstance(module, QuantisedExperts) for module in model.modules())
+
+
+def test_named_parts_stay_in_float():
+    model = tiny_model("olmoe")
+    errors = quantise_model(model, keep=["*norm.weight", "*.router.*", "embedding.weight", "head.weight"])
+    assert isinstance(model.head, torch.nn.Linear)
+    assert "head.weight" not in [error.name for error in errors]
