@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moestro.balance import RoutingLog
+    from moestro.hf import replay, watch
     from moestro.layers import MoE
     from moestro.methods import all_methods, build, method
     from moestro.models import DecoderLM, build_language_model, load_model, save_model
@@ -15,6 +16,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "RoutingLog": "balance",
+    "replay": "hf",
+    "watch": "hf",
     "MoE": "layers",
     "all_methods": "methods",
     "build": "methods",
@@ -47,7 +50,9 @@ __all__ = [
     "build_language_model",
     "load_model",
     "method",
+    "replay",
     "save_model",
+    "watch",
 ]
 
 

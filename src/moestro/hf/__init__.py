@@ -1,16 +1,29 @@
 """The bridge to transformers: `import moestro.hf` registers our experts back end."""
 
+from moestro.hf.bias import exact_bias
 from moestro.hf.experts import BACKEND, experts_forward, register_backend, use_experts
 from moestro.hf.families import FoundLayer, all_families, find_layers
+from moestro.hf.replay import replay
+from moestro.hf.traces import Trace, load_trace
+from moestro.hf.trainer import BalancedTrainer
+from moestro.hf.watch import TransformersLog, convert_coefficient, watch
 
 register_backend()
 
 __all__ = [
     "BACKEND",
+    "BalancedTrainer",
     "FoundLayer",
+    "Trace",
+    "TransformersLog",
     "all_families",
+    "convert_coefficient",
+    "exact_bias",
     "experts_forward",
     "find_layers",
+    "load_trace",
     "register_backend",
+    "replay",
     "use_experts",
+    "watch",
 ]

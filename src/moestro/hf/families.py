@@ -35,6 +35,7 @@ class Family:
         own_loss: whether transformers computes a balance loss for this family at all.
         jitter: the block's attribute with the range of a jitter that changes its input in place.
         honours_interface: whether `set_experts_implementation` has an effect.
+        in_order: whether the router's own order of choices is the order of preference, and not the scores.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Family:
     own_loss: bool = True
     jitter: str | None = None
     honours_interface: bool = True
+    in_order: bool = False
 
 
 _V3: dict[str, Any] = {
@@ -59,7 +61,14 @@ _V3: dict[str, Any] = {
 }
 TABLE = (
     Family("mixtral", "MixtralSparseMoeBlock", weigh=NORMALISED, jitter="jitter_noise"),
-    Family("phimoe", "PhimoeSparseMoeBlock", "router", weigh=SparseMixerWeighing(), jitter="input_jitter_noise"),
+    Family(
+        "phimoe",
+        "PhimoeSparseMoeBlock",
+        "router",
+        weigh=SparseMixerWeighing(),
+        jitter="input_jitter_noise",
+        in_order=True,
+    ),
     Family(
         "minimax_m2",
         "MiniMaxM2SparseMoeBlock",
@@ -170,6 +179,11 @@ class FoundLayer:
     block: Any
     router: Any
     experts: Any
+
+    @property
+    def num_experts(self) -> int:
+        """Experts that the router chooses among, those that compute nothing included."""
+        return int(getattr(self.router, "n_routed_experts", None) or self.router.num_experts)
 
     @property
     def bias(self) -> Tensor | None:

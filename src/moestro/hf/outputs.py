@@ -66,8 +66,8 @@ class ScoresOnInput(RouterOutput):
 
     def read(self, router: nn.Module, output: Any) -> Reading:
         scores, logits = output
-        index = logits.topk(router.top_k, dim=-1).indices
-        return Reading(logits, scores.gather(1, index), index)
+        weight, index = scores.topk(router.top_k, dim=-1)
+        return Reading(logits, weight, index)
 
     def write(self, output: Any, reading: Reading) -> Any:
         scores, logits = output
@@ -79,7 +79,9 @@ class OneHotOfSequences(RouterOutput):
 
     def read(self, router: nn.Module, output: Any) -> Reading:
         chosen, probability, logits = (each.flatten(0, 1) for each in output)
-        return Reading(logits, probability, logits.argmax(-1, keepdim=True), chosen.any(-1, keepdim=True))
+        keep = chosen.any(-1, keepdim=True)
+        index = torch.where(keep, chosen.argmax(-1, keepdim=True), logits.argmax(-1, keepdim=True))
+        return Reading(logits, probability, index, keep)
 
     def write(self, output: Any, reading: Reading) -> Any:
         chosen, probability, logits = output
