@@ -20,6 +20,7 @@ COMMANDS = (
     ("plan", "plan", "Say what a recipe costs before it is trained."),
     ("study", "study", "Train many methods under equal conditions and compare them."),
     ("leaderboard", "leaderboard", "Print the table of finished studies as a page of documentation."),
+    ("convert", "convert", "Write a model in another layout."),
     ("report", "report", "Write the page that shows what the experts of a run did."),
     ("methods", "methods", "List the routing methods and the papers they follow."),
     ("show", "show", "Show the parts that a method is assembled from."),
