@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
-from moestro.cli.flags import RecipeFlags, overrides
+from moestro.cli.flags import RecipeFlags, Whole, overrides
+from moestro.cli.plan_stock import is_stock_config, plan_stock
 from moestro.cli.terminal import duration, print_json, print_table, size
 
 app = App(
@@ -17,7 +18,8 @@ app = App(
 Examples:
   moestro plan recipes/first.yaml
   moestro plan recipes/first.yaml --model.num-experts 64 --no-probe
-  moestro plan --method switch --json""",
+  moestro plan --method switch --json
+  moestro plan Mixtral-8x7B/config.json --length 4096""",
 )
 
 
@@ -27,16 +29,22 @@ def plan(
     /,
     *,
     probe: bool = True,
+    length: Whole = 2048,
     json: Annotated[bool, Parameter(negative=(), show_default=False)] = False,
     flags: RecipeFlags = None,
 ) -> None:
     """Say what a recipe costs before it is trained.
 
     Args:
-        recipe: YAML recipe; every option below overrides one of its keys [default: the first recipe].
+        recipe: YAML recipe, whose keys the options below override [default: the first recipe]; or the
+            config.json of a released model, or its folder: parameters and FLOPs without building it.
         probe: train a few steps on random tokens to learn the speed.
+        length: only for a config.json: tokens of a sequence.
         json: print the numbers for machines.
     """
+    if recipe is not None and is_stock_config(recipe):
+        plan_stock(recipe, length=length, json=json)
+        return
     from moestro.cli.planning import plan_run
     from moestro.train import load_recipe
 
