@@ -23,7 +23,7 @@ def _axes(ax: Any) -> Any:
 def _colors(num: int) -> Array:
     import matplotlib as mpl
 
-    return mpl.colormaps["viridis"](np.linspace(0, 0.9, num))
+    return mpl.colormaps["viridis"](np.linspace(0, 0.85, num))
 
 
 def _grid(model: Any, X: Any, feature: int) -> tuple[Array, Array]:
@@ -60,7 +60,8 @@ def plot_experts(
     target = np.asarray(y, dtype=np.float64).reshape(len(y), -1)[:, output]
     means, share = model.predict_experts(grid)[:, :, output], model.gate_proba(grid)
     colors = _colors(share.shape[1])
-    ax.scatter(np.asarray(X)[:, feature], target, c=colors[model.assign(X, y)], s=8, alpha=0.6, linewidths=0)
+    alpha = float(np.clip(300 / len(target), 0.2, 0.6))  # crowds stay readable
+    ax.scatter(np.asarray(X)[:, feature], target, c=colors[model.assign(X, y)], s=8, alpha=alpha, linewidths=0)
     bounds = [np.asarray(side).reshape(len(grid), -1)[:, output] for side in model.predict_interval(grid, coverage)]
     ax.fill_between(line, *bounds, color="0.5", alpha=0.2, linewidth=0, label=f"{coverage:.0%} interval")
     span = target.max() - target.min()
@@ -69,9 +70,9 @@ def plot_experts(
             np.abs(means[:, i] - np.clip(means[:, i], target.min(), target.max())) < span, means[:, i], np.nan
         )
         ax.plot(line, shown, color=color, linestyle=":", linewidth=1)
-        ax.plot(line, np.where(share[:, i] >= 0.1, shown, np.nan), color=color, label=f"expert {i}")
+        ax.plot(line, np.where(share[:, i] >= 0.1, shown, np.nan), color=color, linewidth=3, label=f"expert {i}")
     mean = np.asarray(model.predict(grid)).reshape(len(grid), -1)[:, output]
-    ax.plot(line, mean, color="black", linewidth=1.5, label="mixture")
+    ax.plot(line, mean, color="black", linewidth=1.2, label="mixture")
     ax.set(xlabel=f"input {feature}", ylabel="target")
     ax.set_ylim(target.min() - 0.15 * span, target.max() + 0.15 * span)
     ax.legend(frameon=False, fontsize="small")
@@ -106,7 +107,14 @@ def plot_tree(model: Any, X: Any, ax: Any = None) -> Any:
     reach = np.ones((len(X), 1))
     place = [np.array([0.5])]
     ax.text(
-        0.5, 0.0, "1.00", ha="center", va="center", bbox={"boxstyle": "round", "fc": "white", "ec": "0.4"}, zorder=3
+        0.5,
+        0.0,
+        "1.00",
+        ha="center",
+        va="center",
+        fontsize="small",
+        bbox={"boxstyle": "round", "fc": "white", "ec": "0.4"},
+        zorder=3,
     )
     for depth, level in enumerate(levels):
         reach = (reach[:, :, None] * level).reshape(len(X), -1)
