@@ -1,8 +1,10 @@
 """The bridge to transformers: `import moestro.hf` registers our experts back end."""
 
 from moestro.hf.bias import exact_bias
+from moestro.hf.doctor import Finding, diagnose, diagnose_folder
 from moestro.hf.experts import BACKEND, experts_forward, register_backend, use_experts
 from moestro.hf.families import FoundLayer, all_families, find_layers
+from moestro.hf.mends import protect_inputs, revive_routers
 from moestro.hf.replay import replay
 from moestro.hf.traces import Trace, load_trace
 from moestro.hf.trainer import BalancedTrainer
@@ -13,17 +15,22 @@ register_backend()
 __all__ = [
     "BACKEND",
     "BalancedTrainer",
+    "Finding",
     "FoundLayer",
     "Trace",
     "TransformersLog",
     "all_families",
     "convert_coefficient",
+    "diagnose",
+    "diagnose_folder",
     "exact_bias",
     "experts_forward",
     "find_layers",
     "load_trace",
+    "protect_inputs",
     "register_backend",
     "replay",
+    "revive_routers",
     "use_experts",
     "watch",
 ]

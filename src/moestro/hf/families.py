@@ -33,7 +33,8 @@ class Family:
         bias: path of the bias for selection only, from the block.
         groups: the router's attributes with the number of expert groups and of groups kept.
         own_loss: whether transformers computes a balance loss for this family at all.
-        jitter: the block's attribute with the range of a jitter that changes its input in place.
+        jitter: path from the block of the range of a jitter that changes its input in place.
+        drops_counts: whether the language-model loss ignores how many tokens the whole step has.
         honours_interface: whether `set_experts_implementation` has an effect.
         in_order: whether the router's own order of choices is the order of preference, and not the scores.
     """
@@ -48,6 +49,7 @@ class Family:
     groups: tuple[str, str] | None = None
     own_loss: bool = True
     jitter: str | None = None
+    drops_counts: bool = False
     honours_interface: bool = True
     in_order: bool = False
 
@@ -143,6 +145,8 @@ TABLE = (
         "SwitchTransformersSparseMLP",
         "router",
         output=OneHotOfSequences(),
+        jitter="router.jitter_noise",
+        drops_counts=True,
         honours_interface=False,
     ),
     Family(
@@ -151,6 +155,7 @@ TABLE = (
         "router",
         weigh=TopTwoGates(),
         output=GateMatrix(),
+        drops_counts=True,
         honours_interface=False,
     ),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ class TransformersLog:
     Attributes:
         layers: names of the mixture layers in model order.
         found: each layer's family, router, experts and bias by name.
+        bias_rate: as given.
     """
 
     def __init__(
@@ -83,7 +85,7 @@ class TransformersLog:
         self._losses(convention, z_loss)
         terms_of({}, {}, layers)  # refuses another word
         self._convention, self._z_loss, self._together = convention, z_loss, layers
-        self._bias_rate, self._group = bias_rate, group
+        self.bias_rate, self._group = bias_rate, group
         if bias_rate is not None:
             for layer in self.found.values():
                 check_bias(layer)
@@ -95,7 +97,7 @@ class TransformersLog:
         self._writer: TraceWriter | None = None
         self._open = self._recorded = self._lost_gradient = False
         self._measuring = True
-        self._hooks = [layer.router.register_forward_hook(self._hook(layer)) for layer in self.found.values()]
+        self._hooks = [layer.router.register_forward_hook(Ear(self, layer)) for layer in self.found.values()]
 
     @contextmanager
     def recording(self, valid: Tensor | None = None) -> Iterator[TransformersLog]:
@@ -235,20 +237,20 @@ class TransformersLog:
         Raises:
             ValueError: a log without a bias rate.
         """
-        if self._bias_rate is None:
+        if self.bias_rate is None:
             raise ValueError("this log has no bias_rate; pass moestro.watch(model, bias_rate=0.001)")
         for name, load in self._load.items():
-            update_bias(self.found[name], load, self._bias_rate, self._group)
+            update_bias(self.found[name], load, self.bias_rate, self._group)
         self._load = {}
 
     def update_controllers(self) -> None:
         """What `RoutingLog` calls it: `update_bias` if there is a bias rate."""
-        if self._bias_rate is not None:
+        if self.bias_rate is not None:
             self.update_bias()
 
     def describe(self) -> list[str]:
         """One line per family of layers: what is watched, and which loss and bias act."""
-        bias = "" if self._bias_rate is None else f", bias rate {self._bias_rate:g}"
+        bias = "" if self.bias_rate is None else f", bias rate {self.bias_rate:g}"
         text = f"{self._convention} balance loss, {self._together} of layers, z-loss x {self._z_loss:g}{bias}"
         kinds = {layer.family.name for layer in self.found.values()}
         return [
@@ -261,23 +263,21 @@ class TransformersLog:
         for hook in self._hooks:
             hook.remove()
 
-    def _hook(self, layer: FoundLayer) -> Any:
-        def hear(router: nn.Module, arguments: Any, output: Any) -> None:
-            if recomputing() or not (self._open or self._writer):
-                return
-            bias = None if layer.bias is None else layer.bias.detach().flatten().clone()
-            heard = Heard(layer, output, self._reader.of_layer(layer.name), bias, router.training)
-            if self._writer is not None:
-                self._writer.add(heard)
-            if self._open:
-                self._heard[layer.name].append(heard)
-                self._lost_gradient |= self._reader.gradient and not torch.is_grad_enabled()
-
-        return hear
+    def hear(self, layer: FoundLayer, output: Any, training: bool) -> None:
+        """What the hook on a layer's router calls with its answer."""
+        if recomputing() or not (self._open or self._writer):
+            return
+        bias = None if layer.bias is None else layer.bias.detach().flatten().clone()
+        heard = Heard(layer, output, self._reader.of_layer(layer.name), bias, training)
+        if self._writer is not None:
+            self._writer.add(heard)
+        if self._open:
+            self._heard[layer.name].append(heard)
+            self._lost_gradient |= self._reader.gradient and not torch.is_grad_enabled()
 
     @torch.no_grad()
     def _measure(self) -> None:
-        if self._bias_rate is None or not self._measuring:
+        if self.bias_rate is None or not self._measuring:
             return
         for name, heard in self._heard.items():
             for each, decision in zip(heard, self.decisions[name], strict=True):
@@ -303,6 +303,27 @@ class TransformersLog:
                 "not train them: reentrant activation checkpointing does that; use "
                 "gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
+
+
+@dataclass(frozen=True, eq=False)
+class Ear:
+    """The hook on one router.
+
+    Attributes:
+        log: that listens.
+        layer: whose router it is.
+    """
+
+    log: TransformersLog
+    layer: FoundLayer
+
+    def __call__(self, router: nn.Module, arguments: Any, output: Any) -> None:
+        self.log.hear(self.layer, output, router.training)
+
+
+def logs_of(layer: FoundLayer) -> list[TransformersLog]:
+    """The logs that watch a layer now."""
+    return [hook.log for hook in layer.router._forward_hooks.values() if isinstance(hook, Ear)]
 
 
 def convert_coefficient(coefficient: float, source: Convention, target: Convention, top_k: int) -> float:
