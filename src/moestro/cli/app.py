@@ -21,6 +21,7 @@ COMMANDS = (
     ("study", "study", "Train many methods under equal conditions and compare them."),
     ("leaderboard", "leaderboard", "Print the table of finished studies as a page of documentation."),
     ("convert", "convert", "Write a model in another layout."),
+    ("checkpoints", "checkpoints", "List the checkpoints of a run, and verify them."),
     ("report", "report", "Write the page that shows what the experts of a run did."),
     ("doctor", "doctor", "Say which known defects training a transformers model would meet."),
     ("methods", "methods", "List the routing methods and the papers they follow."),

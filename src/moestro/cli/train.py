@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
@@ -17,14 +17,16 @@ if TYPE_CHECKING:
 app = App(
     name="train",
     help_epilogue="""\
-Ctrl-C once finishes the step, saves and stops; `--resume` continues.
+Ctrl-C once finishes the step, saves and stops; `--resume` continues. A run that died, however suddenly, goes on
+from its newest whole checkpoint, one every train.checkpoint-every steps: `moestro checkpoints RUN` lists them.
 
 Examples:
   moestro train
   moestro train recipes/first.yaml --method switch --seed 1
   moestro train --data.paths shakespeare.txt --steps 200 --out runs/shakespeare
   moestro train --model.width 64 --train.learning-rate 1e-3 --model.options.top-k 1
-  moestro train --out runs/shakespeare --resume""",
+  moestro train --out runs/shakespeare --resume
+  moestro train recipes/first.yaml --out runs/night --resume auto --train.checkpoint-every 50""",
 )
 COLUMNS = {
     "name": "model",
@@ -42,7 +44,9 @@ def train(
     /,
     *,
     out: Path | None = None,
-    resume: Annotated[bool, Parameter(negative=(), show_default=False)] = False,
+    resume: Annotated[
+        list[Literal["auto"]] | None, Parameter(consume_multiple=(0, 1), negative=(), show_default=False)
+    ] = None,
     overwrite: Annotated[bool, Parameter(negative=(), show_default=False)] = False,
     quiet: Annotated[bool, Parameter(alias="-q", negative=(), show_default=False)] = False,
     json: Annotated[bool, Parameter(negative=(), show_default=False)] = False,
@@ -53,7 +57,8 @@ def train(
     Args:
         recipe: YAML recipe; every option below overrides one of its keys [default: the first recipe].
         out: folder of the run [default: runs/RECIPE-seedN].
-        resume: continue the run that the folder holds, with its recipe if none is named.
+        resume: continue the run that the folder holds from its newest whole checkpoint, with its recipe if none
+            is named; `--resume auto` starts it where there is none.
         overwrite: replace the run that the folder holds.
         quiet: print the results only.
         json: print the results for machines, and progress to stderr.
@@ -61,15 +66,16 @@ def train(
     """
     from moestro.train import train_run
 
-    chosen, folder = choose(recipe, out, overrides(flags), resume=resume)
+    chosen, folder = choose(recipe, out, overrides(flags), resume=resume is not None)
     progress = _progress(quiet, json)
-    result = train_run(chosen, folder, resume=resume, overwrite=overwrite, progress=progress)
+    how: bool | Literal["auto"] = "auto" if resume else resume is not None
+    result = train_run(chosen, folder, resume=how, overwrite=overwrite, progress=progress)
     if json:
         print_json({**result, "folder": str(folder)})
         return
     print()
     print_table([result, *([result["twin"]] if "twin" in result else [])], tuple(COLUMNS), tuple(COLUMNS.values()))
-    for line in experts_in_words(result):
+    for line in (*experts_in_words(result), *time_in_words(result)):
         print(line)
     page = folder / "report.html"
     print(f"\nreport: {page if page.is_file() else f'none yet; moestro report {folder} writes it'}")
@@ -89,6 +95,14 @@ def experts_in_words(result: dict[str, Any]) -> list[str]:
             f"of the time (blindly {100 / len(domains):.1f} %); normalised mutual information {information:.4f}"
         )
     return lines
+
+
+def time_in_words(result: dict[str, Any]) -> list[str]:
+    """Where the time of each model went."""
+    from moestro.train.goodput import in_words
+
+    models = [result, *([result["twin"]] if "twin" in result else [])]
+    return [f"{model['name']}: {in_words(model['goodput'])}" for model in models if "goodput" in model]
 
 
 def choose(recipe: Path | None, out: Path | None, given: dict[str, Any], *, resume: bool) -> tuple[Recipe, Path]:

@@ -20,7 +20,7 @@ def write_folder(folder: Path) -> Iterator[Path]:
     if folder.exists() and not _replaceable(folder):
         raise ValueError(f"{folder} exists and is not a model folder; choose another place or remove it")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
     try:
         yield staging
         staging.chmod(0o777 & ~_umask())
@@ -41,7 +41,7 @@ def _replace(folder: Path, staging: Path) -> None:
     if not folder.exists():
         staging.rename(folder)
         return
-    old = staging.with_name(staging.name + ".old")
+    old = staging.with_name(staging.stem + ".old.tmp")
     folder.rename(old)
     staging.rename(folder)
     shutil.rmtree(old)

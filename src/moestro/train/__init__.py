@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from moestro.train.build import build_corpus, build_model, cache_folder
     from moestro.train.errors import NonFiniteLoss, Stopped
     from moestro.train.progress import Progress
-    from moestro.train.run import train_run
+    from moestro.train.run import run_checkpoints, train_run
 
 _HOMES = {
     "build_corpus": "build",
@@ -19,6 +19,7 @@ _HOMES = {
     "NonFiniteLoss": "errors",
     "Progress": "progress",
     "Stopped": "errors",
+    "run_checkpoints": "run",
     "train_run": "run",
 }
 
@@ -33,6 +34,7 @@ __all__ = [
     "cache_folder",
     "dump_recipe",
     "load_recipe",
+    "run_checkpoints",
     "shipped_recipes",
     "train_run",
 ]

@@ -8,15 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moestro.train.durable import STAGED, write_file
+
 
 def write_whole(path: Path, text: str) -> None:
     """Write a text file so that a reader sees the old content or the new one, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + STAGED)
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        write_file(temporary, text.encode())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -6,7 +6,9 @@ import os
 import shutil
 from pathlib import Path
 
+from moestro.train.durable import STAGED, sweep
 from moestro.train.files import write_whole
+from moestro.train.lock import LOCK
 from moestro.train.recipe import Recipe, RecipeError, dump_recipe, load_recipe
 from moestro.train.recipe_errors import differing_keys
 
@@ -26,7 +28,7 @@ def check_folder(out: Path, recipe: Recipe, *, resume: bool, overwrite: bool) ->
         raise ValueError("resume continues a run and overwrite replaces it; pass one of them")
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; pass a folder for the run")
-    found = sorted(os.listdir(out)) if out.is_dir() else []
+    found = [name for name in sorted(os.listdir(out)) if not _left_behind(name)] if out.is_dir() else []
     if resume:
         _check_same_recipe(out, recipe)
     elif RECIPE in found and not overwrite:
@@ -39,6 +41,7 @@ def check_folder(out: Path, recipe: Recipe, *, resume: bool, overwrite: bool) ->
 
 def claim_folder(out: Path, recipe: Recipe, *, resume: bool) -> None:
     """Make the folder and put the resolved recipe in it; unless resuming, what a run left there goes first."""
+    sweep(out)
     if resume:
         return
     out.mkdir(parents=True, exist_ok=True)
@@ -54,8 +57,18 @@ def remove_run(out: Path) -> None:
         (out / name).unlink(missing_ok=True)
 
 
+def has_run(out: Path) -> bool:
+    """Whether a folder holds a run that could be resumed."""
+    return (out / RECIPE).is_file()
+
+
+def _left_behind(name: str) -> bool:
+    """What a process that died may leave: its lock, and files that it had not finished."""
+    return name == LOCK or name.endswith(STAGED)
+
+
 def _check_same_recipe(out: Path, recipe: Recipe) -> None:
-    if not (out / RECIPE).is_file():
+    if not has_run(out):
         raise ValueError(f"{out} holds no run to resume; leave --resume out to start one")
     try:
         before = load_recipe(out / RECIPE)

@@ -98,6 +98,10 @@ class TrainSection(Section):
     evaluate_every: int = Field(100, ge=1, description="steps between evaluations")
     evaluation_batches: int = Field(20, ge=1, description="validation batches of an evaluation on the way")
     final_evaluation_batches: int = Field(0, ge=0, description="validation batches of the last evaluation; 0 = all")
+    checkpoint_every: int = Field(100, ge=0, description="steps between checkpoints; 0 = only when stopped")
+    keep_last: int = Field(2, ge=1, description="newest checkpoints to keep")
+    keep_best: bool = Field(False, description="also keep the checkpoint of the best evaluation on the way")
+    keep_every: int = Field(0, ge=0, description="also keep the checkpoints at multiples of this step; 0 = none")
     log_every: int = Field(10, ge=1, description="steps between printed lines and routing records")
 
     @model_validator(mode="after")

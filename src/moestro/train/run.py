@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -15,20 +15,22 @@ from moestro.balance import RoutingLog
 from moestro.inspect import write_report
 from moestro.models import DecoderLM
 from moestro.train.build import build_corpus, build_model, training_batches, validation_batches
+from moestro.train.checkpoints import checkpoint_table
 from moestro.train.files import read_lines, write_json
-from moestro.train.folder import check_folder, claim_folder, remove_run
+from moestro.train.folder import RECIPE, check_folder, claim_folder, has_run, remove_run
 from moestro.train.interrupt import Interrupt
+from moestro.train.lock import writing
 from moestro.train.machine import choose_machine, repeatable
 from moestro.train.progress import Progress, default_progress
-from moestro.train.recipe import Recipe
-from moestro.train.training import Surroundings, Training
+from moestro.train.recipe import Recipe, load_recipe
+from moestro.train.training import Surroundings, Training, checkpoints_of
 
 
 def train_run(
     recipe: Recipe,
     out: str | Path,
     *,
-    resume: bool = False,
+    resume: bool | Literal["auto"] = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -41,7 +43,8 @@ def train_run(
     Args:
         recipe: what to do.
         out: folder of the run.
-        resume: continue the run in `out`, which must have the same recipe; a finished run is returned as it is.
+        resume: continue the run in `out`, which must have the same recipe, from its newest checkpoint that is
+            whole; a finished run is returned as it is. "auto" starts a run where `out` holds none.
         overwrite: replace the run in `out`.
         progress: is told what happens; None = a live display on a terminal, plain lines elsewhere.
 
@@ -58,17 +61,35 @@ def train_run(
     return result
 
 
-def train_models(recipe: Recipe, out: Path, *, resume: bool, overwrite: bool, progress: Progress) -> dict[str, Any]:
+def train_models(
+    recipe: Recipe, out: Path, *, resume: bool | Literal["auto"], overwrite: bool, progress: Progress
+) -> dict[str, Any]:
     """What `train_run` does, without the report."""
+    resume = has_run(out) if resume == "auto" else resume
     check_folder(out, recipe, resume=resume, overwrite=overwrite)
     machine = choose_machine(recipe.train.device, recipe.train.precision, recipe.train.threads)
     with repeatable(machine), _random_states_kept(), Interrupt() as interrupt:
         around = Surroundings(recipe, machine, build_corpus(recipe.data), progress, interrupt)
         model = _model(around)
         introduce(around, model)
-        with _nothing_half_begun(out, resume):
+        with _folder(out), writing(out) as dead, _nothing_half_begun(out, resume):
+            if dead is not None:
+                progress.say(f"process {dead}, which wrote this run before, died without giving it back")
             claim_folder(out, recipe, resume=resume)
             return _train(around, model, out)
+
+
+def run_checkpoints(run: str | Path, *, verify: bool = False) -> list[dict[str, Any]]:
+    """The checkpoints of a run's models, one row each; see `checkpoint_table`.
+
+    Raises ValueError when the folder holds no run.
+    """
+    run = Path(run)
+    if not has_run(run):
+        raise ValueError(f"{run} holds no run; give the folder that `moestro train` wrote")
+    settings = load_recipe(run / RECIPE).train
+    models = {"moe": checkpoints_of(run, settings), "dense twin": checkpoints_of(run / "twin", settings)}
+    return checkpoint_table(run, models, verify=verify)
 
 
 def _report(out: Path, progress: Progress) -> None:
@@ -136,17 +157,27 @@ def _trained(name: str, model: DecoderLM, folder: Path, around: Surroundings) ->
 
 
 @contextmanager
-def _nothing_half_begun(out: Path, resume: bool) -> Iterator[None]:
-    """A new run that fails before its first step leaves no files and no folders behind."""
+def _folder(out: Path) -> Iterator[None]:
+    """The folder, made if need be; what was made goes again when an error leaves it empty."""
     created = [path for path in (out, *out.parents) if not path.exists()]
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for path in created:
+            with suppress(OSError):
+                path.rmdir()
+        raise
+
+
+@contextmanager
+def _nothing_half_begun(out: Path, resume: bool) -> Iterator[None]:
+    """A new run that fails before its first step leaves no files behind."""
     try:
         yield
     except BaseException:
         if not resume and not read_lines(out / "metrics.jsonl") and not (out / "checkpoint").exists():
             remove_run(out)
-            for path in created:
-                with suppress(OSError):
-                    path.rmdir()
         raise
 
 

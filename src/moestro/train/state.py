@@ -1,30 +1,17 @@
-"""Saving and resuming a stopped run: every tensor in safetensors, every number in JSON, nothing pickled.
-
-A checkpoint is the folder `checkpoint/step-N`. It is written under another name, synced, and renamed, so it is
-whole or absent; the one before it goes only when it has arrived.
-"""
+"""What decides the next step of a run, taken between two steps and put back."""
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import xxhash
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from moestro.train.optimiser import named_state
-
-FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -37,6 +24,8 @@ class Checkpoint:
         tensors: `model.*`, `optimiser.<parameter>.*` and `random.*`.
         numbers: states of the random generators that are no tensors.
         fingerprint: what must not differ for the resumed run to repeat the uninterrupted one, by name.
+        spent: seconds by what they were spent on, see `Goodput`.
+        bits_per_byte: of the last evaluation before it, None before the first.
     """
 
     step: int
@@ -44,6 +33,8 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     numbers: dict[str, Any]
     fingerprint: dict[str, str] = field(default_factory=dict)
+    spent: dict[str, float] = field(default_factory=dict)
+    bits_per_byte: float | None = None
 
 
 def capture(
@@ -52,13 +43,17 @@ def capture(
     step: int,
     seconds: float,
     fingerprint: Mapping[str, str] | None = None,
+    *,
+    spent: Mapping[str, float] | None = None,
+    bits_per_byte: float | None = None,
 ) -> Checkpoint:
-    """The state of a run between two steps."""
+    """The state of a run between two steps; see `Checkpoint`."""
     tensors = {f"model.{name}": tensor for name, tensor in _model_tensors(model).items()}
     for name, state in named_state(optimiser):
         tensors |= {f"optimiser.{name}.{key}": value for key, value in state.items()}
     random_tensors, numbers = _random_states()
-    return Checkpoint(step, seconds, tensors | random_tensors, numbers, dict(fingerprint or {}))
+    tensors |= random_tensors
+    return Checkpoint(step, seconds, tensors, numbers, dict(fingerprint or {}), dict(spent or {}), bits_per_byte)
 
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimiser: torch.optim.Optimizer) -> None:
@@ -76,54 +71,6 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimiser: torch.optim.Opt
     _set_random_states(saved, checkpoint.numbers)
     if saved:
         raise ValueError(f"the checkpoint holds {min(saved)}, which this model does not have; {_MEND}")
-
-
-def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Write `folder/step-N`, whole or not at all, then remove what it replaces."""
-    folder.mkdir(exist_ok=True)
-    target = folder / f"step-{checkpoint.step:08d}"
-    temporary = folder / f"{target.name}.tmp"
-    data = save({name: t.detach().cpu().contiguous() for name, t in checkpoint.tensors.items()})
-    facts = {
-        "format": FORMAT,
-        "step": checkpoint.step,
-        "seconds": checkpoint.seconds,
-        "fingerprint": checkpoint.fingerprint,
-        "checksum": f"xxh3_128:{xxhash.xxh3_128_hexdigest(data)}",
-        "random": checkpoint.numbers,
-    }
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        _write(temporary / "state.safetensors", data)
-        _write(temporary / "state.json", json.dumps(facts).encode())
-        _sync(temporary)
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
-        _sync(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    for other in folder.glob("step-*"):
-        if other != target:
-            shutil.rmtree(other)
-    return target
-
-
-def read_checkpoint(folder: Path) -> Checkpoint | None:
-    """The latest checkpoint in `folder`, or None; ValueError when it is damaged or of a newer format."""
-    found = sorted(path for path in folder.glob("step-*") if path.suffix != ".tmp")
-    if not found:
-        return None
-    try:
-        facts = json.loads((found[-1] / "state.json").read_bytes())
-        data = (found[-1] / "state.safetensors").read_bytes()
-        if facts["format"] > FORMAT:
-            raise ValueError(f"{found[-1]} was written by a newer moestro; upgrade to resume it")
-        if facts["checksum"] != f"xxh3_128:{xxhash.xxh3_128_hexdigest(data)}":
-            raise ValueError(f"{found[-1]} is damaged: its checksum does not match; {_MEND}")
-        return Checkpoint(facts["step"], facts["seconds"], load(data), facts["random"], facts["fingerprint"])
-    except (OSError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError, SafetensorError) as error:
-        raise ValueError(f"{found[-1]} is damaged ({error}); {_MEND}") from None
 
 
 _MEND = "start again with overwrite, or give another output folder"
@@ -174,18 +121,3 @@ def _set_random_states(saved: dict[str, Tensor], numbers: dict[str, Any]) -> Non
     random.setstate((version, tuple(words), gauss_next))
     for name in [name for name in saved if name.startswith("random.cuda.")]:
         torch.cuda.set_rng_state(saved.pop(name), int(name.rpartition(".")[2]))
-
-
-def _write(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

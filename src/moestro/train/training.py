@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import shutil
 import statistics
 import time
 from collections.abc import Iterable, Iterator
@@ -22,15 +21,17 @@ from moestro.inspect import routing_record
 from moestro.layers import MoE
 from moestro.models import DecoderLM, save_model
 from moestro.train.build import training_batches, validation_batches
+from moestro.train.checkpoints import Checkpoints
 from moestro.train.errors import Stopped
-from moestro.train.files import JsonLines, write_json
+from moestro.train.files import JsonLines, read_lines, write_json
+from moestro.train.goodput import Goodput
 from moestro.train.interrupt import Interrupt, StopRequested
 from moestro.train.machine import Machine, versions
 from moestro.train.optimiser import build_optimiser, set_learning_rate
 from moestro.train.progress import Progress
-from moestro.train.recipe import Recipe
+from moestro.train.recipe import Recipe, TrainSection
 from moestro.train.schedule import schedule
-from moestro.train.state import Checkpoint, capture, read_checkpoint, restore, write_checkpoint
+from moestro.train.state import Checkpoint, capture, restore
 from moestro.train.step import Stepper, StepResult
 from moestro.train.witness import Witness
 
@@ -81,6 +82,8 @@ class Training:
         )
         self.batches = training_batches(around.corpus, around.recipe)
         self.step, self.seconds, self._started = 0, 0.0, time.monotonic()
+        self.goodput, self._saved_step = Goodput(), 0
+        self.checkpoints = checkpoints_of(folder, self.settings)
         self.metrics: JsonLines
         self.evaluations: JsonLines
         self.routing: JsonLines
@@ -103,12 +106,17 @@ class Training:
 
     def _begin(self) -> None:
         seed_everything(self.around.recipe.seed)
-        checkpoint = read_checkpoint(self.folder / "checkpoint")
+        checkpoint, say = self.checkpoints.latest(self.around.progress.say), self.around.progress.say
         if checkpoint is not None:
             self._compare(checkpoint)
             restore(checkpoint, self.model, self.optimiser)
-            self.step, self.seconds = checkpoint.step, checkpoint.seconds
-            self.around.progress.say(f"{self.name}: resumed after step {self.step}")
+            self.step, self.seconds, self._saved_step = checkpoint.step, checkpoint.seconds, checkpoint.step
+            self.goodput = Goodput(checkpoint.spent)
+            say(f"{self.name}: resumed after step {self.step}")
+        lost = [record for record in read_lines(self.folder / "metrics.jsonl") if record["step"] > self.step]
+        if lost:
+            self.goodput.lose(sum(self._tokens_per_step / record["tokens_per_second"] for record in lost))
+            say(f"{self.name}: steps {self.step + 1} to {lost[-1]['step']} are done again, they were not saved")
 
     def _compare(self, checkpoint: Checkpoint) -> None:
         now, before = self.around.fingerprint, checkpoint.fingerprint
@@ -134,6 +142,8 @@ class Training:
             while self.step < self.settings.steps:
                 if self._evaluation_due():
                     self._evaluate(self.settings.evaluation_batches)
+                if self._checkpoint_due():
+                    self._save_or_say()
                 self.around.interrupt.check()
                 self._one_step(stepper, self.settings.learning_rate * share(self.step))
             witness = Witness(self.log, self.around.corpus) if self.log is not None else None
@@ -161,8 +171,10 @@ class Training:
     def _one_step(self, stepper: Stepper, learning_rate: float) -> None:
         started = time.perf_counter()
         set_learning_rate(self.optimiser, learning_rate)
-        batch = self.batches.at(self.step)
-        result = stepper(batch, self.step + 1)
+        with self.goodput.spent("data"):
+            batch = self.batches.at(self.step)
+        with self.goodput.spent("productive"):
+            result = stepper(batch, self.step + 1)
         self.step += 1
         speed = batch.tokens.numel() / (time.perf_counter() - started)
         self._record(result, learning_rate, speed)
@@ -198,7 +210,15 @@ class Training:
         done = [record["step"] for record in self.evaluations.records]
         return self.step > 0 and self.step % self.settings.evaluate_every == 0 and self.step not in done
 
+    def _checkpoint_due(self) -> bool:
+        every = self.settings.checkpoint_every
+        return every > 0 and self.step > self._saved_step and self.step % every == 0
+
     def _evaluate(self, count: int, witness: Witness | None = None) -> Evaluation:
+        with self.goodput.spent("evaluation"):
+            return self._measure(count, witness)
+
+    def _measure(self, count: int, witness: Witness | None) -> Evaluation:
         around, parts = self.around, self.settings.accumulate
         size, length = self.settings.batch_size // parts, around.recipe.data.sequence_length
         batches = validation_batches(around.corpus.validation, size, length, count * parts)
@@ -228,7 +248,7 @@ class Training:
             described |= routing
         result = self._facts(evaluation) | described
         write_json(self.folder / "result.json", result)
-        shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
+        self.checkpoints.finish()
         return result
 
     def _facts(self, evaluation: Evaluation) -> dict[str, Any]:
@@ -246,18 +266,41 @@ class Training:
             "total_parameters": counts.total,
             "seconds": round(self._elapsed(), 1),
             "steps": self.step,
-            "tokens": self.step * recipe.train.batch_size * recipe.data.sequence_length,
+            "tokens": self.step * self._tokens_per_step,
             "seed": recipe.seed,
             "device": str(around.machine.device),
             "precision": around.machine.precision_name,
             "threads": around.machine.threads,
             "corpus": around.corpus.fingerprint,
             "versions": versions(),
+            "goodput": self.goodput.summary(self._elapsed() + self.goodput.seconds["lost"]),
         }
 
+    @property
+    def _tokens_per_step(self) -> int:
+        return self.settings.batch_size * self.around.recipe.data.sequence_length
+
+    def _save_or_say(self) -> None:
+        """A checkpoint on the way; where the disk refuses, the run goes on with the ones before."""
+        try:
+            self._save()
+        except OSError as error:
+            self.around.progress.say(f"step {self.step} could not be saved: {error}; the run goes on without it")
+
     def _save(self) -> None:
-        state = capture(self.model, self.optimiser, self.step, self._elapsed(), self.around.fingerprint)
-        write_checkpoint(self.folder / "checkpoint", state)
+        with self.goodput.spent("checkpoint"):
+            best = [record["bits_per_byte"] for record in self.evaluations.records]
+            state = capture(
+                self.model,
+                self.optimiser,
+                self.step,
+                self._elapsed(),
+                self.around.fingerprint,
+                spent=self.goodput.seconds,
+                bits_per_byte=best[-1] if best else None,
+            )
+            self.checkpoints.save(state)
+            self._saved_step = self.step
 
     def _elapsed(self) -> float:
         """Seconds spent on this model, also before it was stopped."""
@@ -270,6 +313,11 @@ class Training:
             for name in names:
                 setattr(self, name, stack.enter_context(JsonLines(self.folder / f"{name}.jsonl", self.step)))
             yield
+
+
+def checkpoints_of(folder: Path, settings: TrainSection) -> Checkpoints:
+    """The checkpoints of the model whose files are in `folder`."""
+    return Checkpoints(folder / "checkpoint", settings.keep_last, settings.keep_best, settings.keep_every)
 
 
 def compile_around_experts(model: DecoderLM) -> Any:
