@@ -6,6 +6,8 @@ from oracles.planted_mixtures import crossing_lines
 from sklearn.exceptions import ConvergenceWarning
 
 from moestro.mixtures import MixtureOfExpertsClassifier, MixtureOfExpertsRegressor
+from moestro.mixtures.experts import REGRESSION_EXPERTS
+from moestro.mixtures.gates import GATES
 
 X, Y = crossing_lines(0, n=60)
 
@@ -14,7 +16,7 @@ X, Y = crossing_lines(0, n=60)
     ("options", "message"),
     [
         ({"gate": "soft"}, "gate='soft' is unknown; pass one of"),
-        ({"expert": "svm"}, "expert='svm' is unknown; pass one of"),
+        ({"expert": "forest"}, "expert='forest' is unknown; pass one of"),
         ({"expert": 3}, "expert=3 is no expert"),
         ({"algorithm": "sgd"}, "algorithm='sgd' is unknown"),
         ({"init": "zeros"}, "init='zeros' is unknown"),
@@ -63,12 +65,13 @@ def test_a_class_that_fit_did_not_see_is_refused():
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
-@pytest.mark.parametrize("gate", ["softmax", "gaussian", "constant"])
-@pytest.mark.parametrize("expert", ["linear", "ridge", "gaussian", "constant", "laplace", "student", "poisson"])
+@pytest.mark.parametrize("gate", list(GATES))
+@pytest.mark.parametrize("expert", sorted(set(REGRESSION_EXPERTS) - {"skew-normal", "skew-t", "gp"}))
 def test_degenerate_inputs_give_numbers(gate, expert):
     flat = np.hstack([X, X, np.ones((60, 1))])  # a repeated and a constant column
     for x, y in [(flat, np.abs(Y)), (flat, np.ones(60)), (flat * 1e8 + 1e6, np.abs(Y) * 1e-6)]:
-        fitted = MixtureOfExpertsRegressor(3, gate=gate, expert=expert, random_state=0, max_iter=20).fit(x, y)
+        options = {"random_state": 0, "max_iter": 10, "n_init": 1}
+        fitted = MixtureOfExpertsRegressor(3, gate=gate, expert=expert, **options).fit(x, y)
         assert np.isfinite(fitted.predict(x)).all()
         assert np.isfinite(fitted.loglik_)
 

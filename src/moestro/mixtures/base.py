@@ -8,13 +8,19 @@ from typing import Any, Self
 
 import numpy as np
 from joblib import Parallel, delayed
-from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin, clone
+from sklearn.base import (
+    BaseEstimator,
+    ClassNamePrefixFeaturesOutMixin,
+    TransformerMixin,
+    clone,
+    is_classifier,
+)
 from sklearn.utils import Tags, check_random_state
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from moestro.mixtures import errors
-from moestro.mixtures.experts import Expert
+from moestro.mixtures.experts import EstimatorClassExpert, EstimatorExpert, Expert
 from moestro.mixtures.fitting import em, gradient
 from moestro.mixtures.fitting.start import STARTS
 from moestro.mixtures.gates import GATES, Gate, SoftmaxGate
@@ -30,7 +36,7 @@ def _generative(estimator: Any) -> bool:
 
 
 def _fits_any_target(estimator: Any) -> bool:
-    return part(estimator.expert, estimator._experts, "expert").target != "positive"
+    return estimator._chosen_expert().target != "positive"
 
 
 def part(choice: Any, table: Mapping[str, Callable[[], Any]], word: str) -> Any:
@@ -42,6 +48,13 @@ def part(choice: Any, table: Mapping[str, Callable[[], Any]], word: str) -> Any:
     if not isinstance(choice, Gate | Expert):
         raise ValueError(f"{word}={choice!r} is no {word}; pass one of {', '.join(sorted(table))} or an object")
     return clone(choice)
+
+
+def wrapped(expert: Any) -> Any:
+    """An estimator of scikit-learn as an expert; anything else as it is."""
+    if isinstance(expert, BaseEstimator) and not isinstance(expert, Gate | Expert) and hasattr(expert, "predict"):
+        return EstimatorClassExpert(expert) if is_classifier(expert) else EstimatorExpert(expert)
+    return expert
 
 
 class MixtureOfExperts(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
@@ -135,8 +148,15 @@ class MixtureOfExperts(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         em.warn_about(best, rows, self.tol, self.max_iter)
         return self._keep(best, rows, scaling)
 
+    def _chosen_expert(self) -> Expert:
+        found: Expert = part(wrapped(self.expert), self._experts, "expert")
+        if is_classifier(self) != (found.target == "class"):
+            explains = "classes" if found.target == "class" else "numbers"
+            raise ValueError(f"expert={self.expert!r} explains {explains}, but {type(self).__name__} does not")
+        return found
+
     def _parts(self) -> tuple[Gate, Expert, tuple[int, ...]]:
-        gate, expert = part(self.gate, GATES, "gate"), part(self.expert, self._experts, "expert")
+        gate, expert = part(self.gate, GATES, "gate"), self._chosen_expert()
         if self.branching is None:
             branching: tuple[int, ...] = (2 if self.n_experts is None else self.n_experts,)
         else:
@@ -384,13 +404,21 @@ class MixtureOfExperts(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
 
     def aic(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """Akaike's criterion `-2 LL + 2 ν`; smaller is better."""
-        return -2 * self.log_likelihood(X, y, sample_weight) + 2 * self.n_parameters_
+        return -2 * self.log_likelihood(X, y, sample_weight) + 2 * self._counted()
 
     def bic(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """Bayesian criterion `-2 LL + ν log n`, n the sum of weights; smaller is better."""
         joint, u = self._joint(X, y)
         weight = _check_sample_weight(sample_weight, u, dtype=np.float64)
-        return -2 * float(weight @ softmax_rows(joint)[0]) + self.n_parameters_ * float(np.log(weight.sum()))
+        return -2 * float(weight @ softmax_rows(joint)[0]) + self._counted() * float(np.log(weight.sum()))
+
+    def _counted(self) -> int:
+        if self.n_parameters_ is None:
+            raise ValueError(
+                f"expert={self.expert!r} does not say how many numbers it learned; compare fits by held-out "
+                "log_prob, as select_n_experts(criterion='cv') does"
+            )
+        return int(self.n_parameters_)
 
     def icl(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """Integrated completed likelihood `BIC - 2 sum_t w_t log max_i h_ti`; smaller is better."""
@@ -428,7 +456,7 @@ class MixtureOfExperts(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         """A table of the parameters; with X and y also of standard errors, AIC, BIC and ICL."""
         check_is_fitted(self)
         num, lines = self._fitted_shape[0], []
-        lines.append(f"{type(self).__name__}: {num} experts, {self.n_parameters_} parameters")
+        lines.append(f"{type(self).__name__}: {num} experts, {self.n_parameters_ or 'uncounted'} parameters")
         state = "converged" if self.converged_ else "not converged"
         lines.append(f"log-likelihood {self.loglik_:.6f} after {self.n_iter_} iterations, {state}")
         lines.append("weights " + " ".join(f"{weight:.4f}" for weight in self.weights_))

@@ -26,7 +26,8 @@ class MixtureOfExpertsClassifier(ClassifierMixin, MixtureOfExperts):
         branching: children per node for every level of a tree of softmax gates.
         gate: "softmax", "gaussian", "constant", "exponential-family", "kernel", "reconstruction" or a gate object
             with other options.
-        expert: "multinomial", "logistic" (two classes), "constant" or an expert object with other options.
+        expert: "multinomial", "logistic" (two classes), "constant", "svm", "elm" (extreme learning machines), an
+            expert object with other options, or any classifier of scikit-learn that takes sample_weight.
         algorithm, tol, max_iter, n_init, init, warm_start, random_state, verbose, n_jobs: as for
             `MixtureOfExpertsRegressor`.
 

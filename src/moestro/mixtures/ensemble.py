@@ -21,6 +21,7 @@ from sklearn.utils.validation import (
     validate_data,
 )
 
+from moestro.mixtures.answers import class_probabilities
 from moestro.mixtures.losses import LOSSES
 from moestro.mixtures.numerics import Array, softmax_rows, weighted_moments
 from moestro.mixtures.rows import merge_repeats, with_intercept
@@ -311,14 +312,7 @@ class GatedEnsembleClassifier(ClassifierMixin, GatedEnsemble):
         return x, np.eye(len(self.classes_))[index]
 
     def _output(self, expert: Any, x: Array) -> Array:
-        if hasattr(expert, "predict_proba"):
-            proba = expert.predict_proba(x)
-        else:
-            score = np.asarray(expert.decision_function(x), dtype=np.float64)
-            proba = softmax_rows(np.column_stack([-score, score]) if score.ndim == 1 else score)[1]
-        found = np.zeros((len(x), len(self.classes_)))
-        found[:, expert.classes_] = proba
-        return found
+        return class_probabilities(expert, x, len(self.classes_))
 
     def predict_proba(self, X: Any) -> Array:
         """Class probabilities, `[rows, classes]`."""

@@ -32,6 +32,12 @@ class Mixture:
         joint += self.expert.log_prob(self.expert_params, z, y)
         return joint
 
+    def expected_joint(self, u: Array, z: Array, y: Array) -> Array:
+        """`joint` as EM climbs it: for experts with a posterior of their own, its expectation."""
+        joint = self.gate.log_weight(self.gate_params, u)
+        joint += self.expert.expected_log_prob(self.expert_params, z, y)
+        return joint
+
     def penalty(self, rows: Rows) -> float:
         """What the priors take from the monitored objective."""
         return self.gate.penalty(self.gate_params, rows) + self.expert.penalty(self.expert_params, rows)
@@ -42,7 +48,9 @@ class Mixture:
 
     def objective(self, rows: Rows) -> float:
         """Penalised log-likelihood that EM raises."""
-        return float(rows.weight @ softmax_rows(self.joint(rows.u, rows.z, rows.y))[0]) - self.penalty(rows)
+        return float(rows.weight @ softmax_rows(self.expected_joint(rows.u, rows.z, rows.y))[0]) - self.penalty(
+            rows
+        )
 
     def free(self) -> Array:
         """All parameters as one vector of unconstrained numbers, gate first."""
@@ -59,14 +67,15 @@ class Mixture:
     def gradient(self, rows: Rows) -> Array:
         """Gradient of `objective` in the free numbers: by Fisher's identity the complete-data gradient at the
         posterior shares."""
-        share = softmax_rows(self.joint(rows.u, rows.z, rows.y))[1]
+        share = softmax_rows(self.expected_joint(rows.u, rows.z, rows.y))[1]
         by_gate = self.gate.gradient(rows, share, self.gate_params)
         mass = rows.weight[:, None] * share
         return np.concatenate([by_gate, self.expert.gradient(rows, mass, self.expert_params)])
 
-    def count(self) -> int:
-        """Free parameters."""
-        return self.gate.count(self.gate_params) + self.expert.count(self.expert_params)
+    def count(self) -> int | None:
+        """Free parameters; None where an expert does not say."""
+        own = self.expert.count(self.expert_params)
+        return None if own is None else self.gate.count(self.gate_params) + own
 
     def permute(self, order: Array) -> Mixture:
         """The same model with experts renumbered."""

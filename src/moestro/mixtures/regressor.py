@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from sklearn.base import RegressorMixin
+from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.utils import Tags, check_random_state
 from sklearn.utils.validation import check_array, column_or_1d, validate_data
 
-from moestro.mixtures.base import MixtureOfExperts, part
+from moestro.mixtures.base import MixtureOfExperts, part, wrapped
 from moestro.mixtures.experts import REGRESSION_EXPERTS, ConstantExpert, Expert
 from moestro.mixtures.gates import ConstantGate
 from moestro.mixtures.numerics import Array
@@ -28,7 +28,9 @@ class MixtureOfExpertsRegressor(RegressorMixin, MixtureOfExperts):
         gate: "softmax", "gaussian", "constant", "exponential-family", "kernel", "reconstruction" or a gate object
             with other options.
         expert: "linear", "ridge", "gaussian" (full covariance), "constant", "laplace", "student",
-            "skew-normal", "skew-t", "poisson", "gamma" or an expert object with other options.
+            "skew-normal", "skew-t", "poisson", "gamma", "gp" (Gaussian processes), "svm", "elm" (extreme learning
+            machines), an expert object with other options, or any regressor of scikit-learn that takes
+            sample_weight (see `EstimatorExpert`).
         algorithm: "em"; "gem" (one Newton step of the gate); "ecm" (shares renewed between gate and experts);
             "mm" (bounds instead of Newton steps); "hard-em"; "stochastic-em"; "annealed-em";
             "gradient" (L-BFGS).
@@ -59,15 +61,16 @@ class MixtureOfExpertsRegressor(RegressorMixin, MixtureOfExperts):
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
-        expert = part(self.expert, self._experts, "expert") if isinstance(self.expert, str | Expert) else None
+        known = isinstance(self.expert, BaseEstimator) or self.expert in self._experts  # tags never raise
+        expert = part(wrapped(self.expert), self._experts, "expert") if known else None
         tags.target_tags.multi_output = expert is not None and expert.multi_output
-        constant = self.gate == "constant" or isinstance(self.gate, ConstantGate)
-        tags.regressor_tags.poor_score = constant and isinstance(expert, ConstantExpert)
+        vague = self.gate in ("constant", "reconstruction") or isinstance(self.gate, ConstantGate)
+        tags.regressor_tags.poor_score = vague and isinstance(expert, ConstantExpert)  # steps, hardly placed by x
         tags.target_tags.positive_only = expert is not None and expert.target in ("count", "positive")
         return tags
 
     def _validate(self, X: Any, y: Any) -> tuple[Array, Any]:
-        several = part(self.expert, self._experts, "expert").multi_output
+        several = self._chosen_expert().multi_output
         x, y = validate_data(self, X, y, dtype=np.float64, multi_output=several, y_numeric=True)
         return x, y if several else column_or_1d(y, warn=True)
 

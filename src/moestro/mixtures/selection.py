@@ -50,7 +50,8 @@ def select_n_experts(
     for number in candidates:
         fitted = clone(estimator).set_params(n_experts=number).fit(X, y, sample_weight=sample_weight)
         row = {"n_experts": number, "loglik": fitted.loglik_, "n_parameters": fitted.n_parameters_}
-        row |= {name: getattr(fitted, name)(X, y, sample_weight) for name in ("aic", "bic", "icl")}
+        if fitted.n_parameters_ is not None or criterion != "cv":
+            row |= {name: getattr(fitted, name)(X, y, sample_weight) for name in ("aic", "bic", "icl")}
         if criterion == "cv":
             row["cv"] = -_held_out(clone(estimator).set_params(n_experts=number), X, y, cv)
         row |= {"n_iter": fitted.n_iter_, "converged": fitted.converged_, "on_floor": _on_floor(fitted)}

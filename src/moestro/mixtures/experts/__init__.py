@@ -3,11 +3,16 @@
 from collections.abc import Callable
 from functools import partial
 
+from sklearn.svm import SVC, SVR
+
+from moestro.mixtures.elm import ELMClassifier, ELMRegressor
 from moestro.mixtures.experts.base import Expert
 from moestro.mixtures.experts.classes import ConstantClassExpert, LogisticExpert, MultinomialExpert
+from moestro.mixtures.experts.estimator import EstimatorClassExpert, EstimatorExpert
 from moestro.mixtures.experts.gaussian import ConstantExpert, GaussianExpert
 from moestro.mixtures.experts.glm import GammaExpert, PoissonExpert
 from moestro.mixtures.experts.laplace import LaplaceExpert
+from moestro.mixtures.experts.process import GaussianProcessExpert
 from moestro.mixtures.experts.skew import SkewNormalExpert, SkewTExpert
 from moestro.mixtures.experts.student import StudentExpert
 
@@ -22,11 +27,16 @@ REGRESSION_EXPERTS: dict[str, Callable[[], Expert]] = {
     "skew-t": SkewTExpert,
     "poisson": PoissonExpert,
     "gamma": GammaExpert,
+    "gp": GaussianProcessExpert,
+    "svm": lambda: EstimatorExpert(SVR()),
+    "elm": lambda: EstimatorExpert(ELMRegressor(20, alpha=0.1)),
 }
 CLASSIFICATION_EXPERTS: dict[str, Callable[[], Expert]] = {
     "multinomial": MultinomialExpert,
     "logistic": LogisticExpert,
     "constant": ConstantClassExpert,
+    "svm": lambda: EstimatorClassExpert(SVC()),
+    "elm": lambda: EstimatorClassExpert(ELMClassifier(20, alpha=0.1)),
 }
 
 __all__ = [
@@ -34,9 +44,12 @@ __all__ = [
     "REGRESSION_EXPERTS",
     "ConstantClassExpert",
     "ConstantExpert",
+    "EstimatorClassExpert",
+    "EstimatorExpert",
     "Expert",
     "GammaExpert",
     "GaussianExpert",
+    "GaussianProcessExpert",
     "LaplaceExpert",
     "LogisticExpert",
     "MultinomialExpert",

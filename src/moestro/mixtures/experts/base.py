@@ -39,6 +39,10 @@ class Expert(BaseEstimator, ABC):
     def log_prob(self, params: Params, z: Array, y: Array) -> Array:
         """`log f_i(y | x)`. Shapes: `[rows, experts]`."""
 
+    def expected_log_prob(self, params: Params, z: Array, y: Array) -> Array:
+        """What EM climbs with: the mean of `log_prob` under the expert's posterior, or itself for a point."""
+        return self.log_prob(params, z, y)
+
     @abstractmethod
     def mean(self, params: Params, z: Array) -> Array:
         """Expected targets `[rows, experts, outputs]`."""
@@ -60,8 +64,8 @@ class Expert(BaseEstimator, ABC):
         return 0.0
 
     @abstractmethod
-    def count(self, params: Params) -> int:
-        """Free parameters of all experts."""
+    def count(self, params: Params) -> int | None:
+        """Free parameters of all experts; None where they do not say."""
 
     @abstractmethod
     def attributes(self, params: Params, scaling: Scaling) -> dict[str, Any]:

@@ -121,7 +121,7 @@ def run(
     climbs = algorithm.monotone and mixture.climbs
     best, best_value, best_at, converged = mixture, -np.inf, begin, False
     for iteration in range(begin, max_iter + 1):
-        value, share = algorithm.e_step(mixture.joint(rows.u, rows.z, rows.y), iteration, rng)
+        value, share = algorithm.e_step(mixture.expected_joint(rows.u, rows.z, rows.y), iteration, rng)
         objective = float(rows.weight @ value) - mixture.penalty(rows)
         path.append(objective)
         report(iteration, objective / rows.total)
@@ -151,7 +151,7 @@ def _m_step(
     gate_params = mixture.gate.m_step(rows, share, mixture.gate_params, effort)
     moved = replace(mixture, gate_params=gate_params)
     if algorithm.refresh:
-        share = algorithm.e_step(moved.joint(rows.u, rows.z, rows.y), iteration, rng)[1]
+        share = algorithm.e_step(moved.expected_joint(rows.u, rows.z, rows.y), iteration, rng)[1]
     mass = rows.weight[:, None] * share
     return replace(moved, expert_params=mixture.expert.m_step(rows, mass, mixture.expert_params, effort))
 
@@ -176,7 +176,7 @@ def warn_about(fit: Fit, rows: Rows, tol: float, max_iter: int) -> None:
             ConvergenceWarning,
             stacklevel=3,
         )
-    share = softmax_rows(fit.mixture.joint(rows.u, rows.z, rows.y))[1]
+    share = softmax_rows(fit.mixture.expected_joint(rows.u, rows.z, rows.y))[1]
     empty = np.flatnonzero(is_empty(rows.weight @ share, rows.total))
     if len(empty):
         warnings.warn(
