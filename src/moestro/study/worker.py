@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,7 @@ def main(job_file: str) -> int:
     except KeyboardInterrupt as stop:
         return int(getattr(stop, "exit_code", 130))
     except Exception as error:
-        if job["debug"]:
-            raise
+        traceback.print_exc()  # for the log
         write_json(Path(job["failure"]), {"problem": _sentence(error)})
         return FAILED
     return 0

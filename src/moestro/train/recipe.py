@@ -141,6 +141,8 @@ def load_recipe(path: str | Path | None = None, overrides: Mapping[str, Any] | N
     a value out of range, an unknown method or an option that the method does not take.
     """
     source = read_yaml(find_recipe(path))
+    if "methods" in source.values:
+        raise RecipeError(f"{source.place(('methods',))}: this is the recipe of a study; use `moestro study`")
     given = _nested(overrides or {})
     below = _without_foreign_options(source.values, given)
     recipe = _validated(_merged(below, given), _Places(source, given))
