@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "mixtures": {"routing", "routers", "experts", "layers", "balance"},
 }
 ALLOWED["models"] = ALLOWED["methods"] | {"methods"}
-ALLOWED["hf"] = ALLOWED["models"] | {"models", "kernels"}
+ALLOWED["hf"] = ALLOWED["models"] | {"models", "data", "kernels"}
 ALLOWED["inspect"] = ALLOWED["methods"] | {"methods"}
 ALLOWED["inference"] = ALLOWED["models"] | {"models", "inspect", "data"}
 ALLOWED["train"] = ALLOWED["inference"] | {"inference"}

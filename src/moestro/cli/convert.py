@@ -16,6 +16,8 @@ app = App(
     help_epilogue="""\
 Examples:
   moestro convert mixtral-folder mixtral-fused --to fused
+  moestro convert runs/first-seed0/model first.gguf --to gguf
+  moestro convert first.gguf first-again --to transformers
   moestro convert merged-by-mergekit stock --to transformers""",
 )
 
@@ -27,19 +29,21 @@ def convert(
     /,
     *,
     to: str,
+    dtype: str | None = None,
     max_shard_size: Whole = 5_000_000_000,
     json: Annotated[bool, Parameter(negative=(), show_default=False)] = False,
 ) -> None:
     """Write a model in another layout.
 
-    One expert is in memory at a time, and weights keep every bit. The source is checked before anything is
-    written and the target appears whole or not at all.
+    One expert is in memory at a time, and weights keep every bit, except in GGUF types that round. The source is
+    checked before anything is written and the target appears whole or not at all.
 
     Args:
-        source: a model folder of transformers.
-        target: a folder that does not exist yet.
-        to: transformers, fused or mergekit; also per-expert, w1w2w3, transposed, interleaved.
-        max_shard_size: bytes of one file.
+        source: a model folder of transformers, or a GGUF file.
+        target: a folder, or with `--to gguf` a file, that does not exist yet.
+        to: transformers, fused, mergekit or gguf; also per-expert, w1w2w3, transposed, interleaved.
+        dtype: only with `--to gguf`: F32, F16, BF16, Q8_0, Q5_1, Q5_0, Q4_1 or Q4_0 [default: that of the model].
+        max_shard_size: bytes of one file of a folder.
         json: print what was done for machines.
     """
     import dataclasses
@@ -47,7 +51,7 @@ def convert(
     from moestro.hf.convert import convert as convert_model
 
     with _Bar() as bar:
-        done = convert_model(source, target, to, max_shard_size=max_shard_size, progress=bar.show)
+        done = convert_model(source, target, to, dtype=dtype, max_shard_size=max_shard_size, progress=bar.show)
     if json:
         print_json(dataclasses.asdict(done) | {"path": str(done.path)})
         return

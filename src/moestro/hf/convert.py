@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +13,9 @@ from moestro.hf.layouts import LAYOUTS, Relayout, StockFolder
 from moestro.hf.layouts.relayout import Progress
 from moestro.hf.layouts.writer import MAX_SHARD_SIZE
 from moestro.models.staging import write_folder
+
+FOLDERS = ("transformers", "fused", "mergekit")
+TARGETS = (*FOLDERS, "gguf", *(name for name in LAYOUTS if name not in FOLDERS))
 
 
 @dataclass(frozen=True)
@@ -44,36 +50,86 @@ def convert(
     max_shard_size: int = MAX_SHARD_SIZE,
     progress: Progress = lambda done, total: None,
 ) -> Converted:
-    """Write the model at `source` to `target` in another layout; weights keep every bit.
+    """Write the model at `source` to `target` in another layout; weights keep every bit, but for GGUF's rounding.
 
     One expert is in memory at a time. The source is checked whole before anything is written, and the target
     appears whole or not at all.
 
     Args:
-        source: a model folder of transformers.
-        target: a folder that does not exist yet.
-        to: transformers (what `save_pretrained` writes), fused (what the modules hold), mergekit, or, for tools
-            that ask for them, per-expert, w1w2w3, transposed, interleaved.
-        dtype: of a GGUF file; folders keep their own.
-        max_shard_size: bytes of one file.
+        source: a model folder of transformers, or a GGUF file.
+        target: a folder, or with to="gguf" a file, that does not exist yet.
+        to: transformers (what `save_pretrained` writes), fused (what the modules hold), mergekit, gguf, or, for
+            tools that ask for them, per-expert, w1w2w3, transposed, interleaved.
+        dtype: only of a GGUF file: F32, F16, BF16, Q8_0, Q5_1, Q5_0, Q4_1 or Q4_0; None = that of the model.
+        max_shard_size: bytes of one file of a folder.
         progress: called with the bytes done and the bytes in all.
 
     Raises:
         ValueError: the source is unsupported, incomplete or unsafe, the layout is unknown, or the target exists.
     """
-    if to not in LAYOUTS:
-        raise ValueError(f"unknown layout {to!r}; expected {', '.join(LAYOUTS)}")
-    if dtype is not None:
-        raise ValueError(f"dtype={dtype} has no meaning for a folder, which keeps the bits it has; leave it out")
     source, target = Path(source), Path(target)
+    _check_request(to, dtype, max_shard_size)
     _refuse_existing(target)
+    if source.is_file():
+        return _from_gguf(source, target, to, max_shard_size, progress)
     with StockFolder(source) as folder:
-        plan = Relayout(folder, to)
-        _check_space(target, plan.nbytes)
-        with write_folder(target) as staging:
-            plan.write(staging, max_shard_size, progress)
-        opens = "transformers" if to in plan.family.opens else "moestro"
-        return Converted(target, folder.model_type, plan.source, to, len(plan.tensors), plan.nbytes, opens)
+        if to == "gguf":
+            return _to_gguf(folder, target, dtype, progress)
+        return _relayout(folder, target, to, max_shard_size, progress)
+
+
+def _check_request(to: str, dtype: str | None, max_shard_size: int) -> None:
+    if to not in TARGETS:
+        raise ValueError(f"unknown layout {to!r}; expected {', '.join(TARGETS)}")
+    if dtype is not None and to != "gguf":
+        raise ValueError(f"dtype={dtype} has no meaning for a folder, which keeps the bits it has; leave it out")
+    if max_shard_size < 1:
+        raise ValueError(f"max_shard_size={max_shard_size}; pass bytes, for example 5000000000")
+
+
+def _relayout(folder: StockFolder, target: Path, to: str, max_shard_size: int, progress: Progress) -> Converted:
+    plan = Relayout(folder, to)
+    _check_space(target, plan.nbytes)
+    with write_folder(target) as staging:
+        plan.write(staging, max_shard_size, progress)
+    opens = "transformers" if to in plan.family.opens else "moestro"
+    return Converted(target, folder.model_type, plan.source, to, len(plan.tensors), plan.nbytes, opens)
+
+
+def _to_gguf(folder: StockFolder, target: Path, dtype: str | None, progress: Progress) -> Converted:
+    from moestro.hf.gguf_write import GGUFPlan
+
+    plan = GGUFPlan(folder, dtype)
+    _check_space(target, plan.nbytes)
+    with _whole_file(target) as staging:
+        plan.write(staging, progress)
+    layout = f"gguf {plan.dtype}"
+    return Converted(target, folder.model_type, plan.layout, layout, len(plan.tensors), plan.nbytes, "llama.cpp")
+
+
+def _from_gguf(source: Path, target: Path, to: str, max_shard_size: int, progress: Progress) -> Converted:
+    from moestro.hf.gguf_read import GGUFSource
+
+    if to != "transformers":
+        raise ValueError(f"a GGUF file becomes a folder of transformers, not {to}; convert that folder on")
+    plan = GGUFSource(source)
+    _check_space(target, plan.nbytes)
+    with write_folder(target) as staging:
+        plan.write(staging, max_shard_size, progress)
+    kind = str(plan.config["model_type"])
+    return Converted(target, kind, "gguf", to, len(plan.tensors), plan.nbytes, "transformers")
+
+
+@contextlib.contextmanager
+def _whole_file(target: Path) -> Iterator[Path]:
+    """A file beside the target that takes its place at the end, or vanishes on an error."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = target.with_name(f".{target.name}.tmp")
+    try:
+        yield staging
+        os.replace(staging, target)
+    finally:
+        staging.unlink(missing_ok=True)
 
 
 def _refuse_existing(target: Path) -> None:

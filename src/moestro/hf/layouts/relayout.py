@@ -43,7 +43,7 @@ class Relayout:
         self.family = find_family(folder.model_type, folder.tensors)
         self.source, self._banks = find_banks(folder, self.family)
         self._new_banks = [bank.within(_store(self.family, to)) for bank in self._banks]
-        self._renamed = self._renames()
+        self._renamed = beside_names(folder, self.family, self._banks, to)
         self.tensors = sorted([*self._kept(), *self._experts()], key=lambda tensor: natural_key(tensor.name))
 
     @property
@@ -66,29 +66,6 @@ class Relayout:
                     done += count
                     progress(done, self.nbytes)
 
-    def _renames(self) -> dict[str, str]:
-        """New names of what is no expert but lies beside them."""
-        store = _store(self.family, self.to)
-        names: dict[str, str] = {}
-        for bank in self._banks:
-            old = bank.layer + bank.store.block
-            names |= {name: bank.layer + store.block + name[len(old) :] for name in self._under(old)}
-            pairs = zip(
-                (bank.store.router, *bank.store.beside),
-                (store.router, *store.beside),
-                strict=True,
-            )
-            names |= {
-                old + before: bank.layer + store.block + after
-                for before, after in pairs
-                if old + before in self.folder.tensors
-            }
-        experts = {name for bank in self._banks for name in bank.names()}
-        return {name: names.get(name, name) for name in self.folder.tensors if name not in experts}
-
-    def _under(self, prefix: str) -> list[str]:
-        return [name for name in self.folder.tensors if name.startswith(prefix)]
-
     def _kept(self) -> list[NewTensor]:
         entries = self.folder.tensors
         return [NewTensor(new, entries[old].dtype, entries[old].shape) for old, new in self._renamed.items()]
@@ -109,6 +86,21 @@ class Relayout:
         for bank, new in zip(self._banks, self._new_banks, strict=True):
             for expert in bank.experts:
                 yield write_expert(writer, new, expert, bank.read(self.folder, expert))
+
+
+def beside_names(folder: StockFolder, family: Family, banks: list[Bank], to: str) -> dict[str, str]:
+    """Names in another layout of everything in a folder that is no expert."""
+    store = _store(family, to)
+    names: dict[str, str] = {}
+    for bank in banks:
+        old, new = bank.layer + bank.store.block, bank.layer + store.block
+        names |= {name: new + name[len(old) :] for name in folder.tensors if name.startswith(old)}
+        before = (bank.store.router, *bank.store.beside)
+        after = (store.router, *store.beside)
+        pairs = zip(before, after, strict=True)
+        names |= {old + first: new + second for first, second in pairs if old + first in folder.tensors}
+    experts = {name for bank in banks for name in bank.names()}
+    return {name: names.get(name, name) for name in folder.tensors if name not in experts}
 
 
 def new_tensors(bank: Bank, slot: Slot) -> list[NewTensor]:

@@ -1,0 +1,240 @@
+"""config.json and tokenizer.json as the settings of a GGUF file, and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moestro.hf.gguf_table import ARCHITECTURES, Architecture
+
+CONFIG, TOKENIZER = "moestro.config", "tokenizer.huggingface.json"  # ours, and the format's own
+KINDS = {"normal": 1, "control": 3, "user": 4, "unused": 5}
+#: llama.cpp wants merges and GGUF has no empty lists: this one joins two zero bytes to no token, so they stay two
+NO_MERGES = ["\u0100 \u0100"]
+NEXT_IDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+
+
+def check_config(config: Mapping[str, Any], architecture: Architecture) -> None:
+    """Refuse what llama.cpp would compute differently.
+
+    Raises:
+        ValueError: a setting that the architecture takes for granted is another one.
+    """
+    model_type = config["model_type"]
+    for key, expected in architecture.requires.items():
+        actual = config.get(key, expected)
+        if actual != expected:
+            raise ValueError(
+                f"llama.cpp computes {model_type} with {key}={expected!r}, but config.json says {actual!r}"
+            )
+    rope = rope_of(config)
+    if rope.get("rope_type", "default") != "default":
+        raise ValueError(f"moestro writes no {rope['rope_type']} rotary scaling into GGUF, only the default one")
+    if architecture.latent and config["q_lora_rank"] is None and config["num_hidden_layers"] not in (26, 27):
+        raise ValueError(
+            "llama.cpp reads a DeepSeek without query latents only with 26 or 27 layers, not "
+            f"{config['num_hidden_layers']}"
+        )
+    if architecture.latent and config.get("num_nextn_predict_layers"):
+        raise ValueError("moestro writes no further prediction layers into GGUF; set num_nextn_predict_layers to 0")
+
+
+def rope_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The rotary settings, wherever this version of transformers keeps them."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return {"rope_theta": config.get("rope_theta", 10000.0), **rope}
+
+
+def to_settings(config: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
+    """The settings `{name}.*` that llama.cpp reads."""
+    heads = config["num_attention_heads"]
+    settings = {
+        "context_length": config["max_position_embeddings"],
+        "embedding_length": config["hidden_size"],
+        "block_count": config["num_hidden_layers"],
+        "feed_forward_length": config["intermediate_size"],
+        "vocab_size": config["vocab_size"],
+        "attention.head_count": heads,
+        "attention.head_count_kv": config.get("num_key_value_heads") or heads,
+        "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
+        "rope.freq_base": float(rope_of(config)["rope_theta"]),
+        **_expert_settings(config),
+    }
+    settings |= _latent_settings(config) if architecture.latent else _head_settings(config)
+    return {f"{architecture.name}.{key}": value for key, value in settings.items()}
+
+
+def _expert_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    counts = [config.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts")]
+    settings = {
+        "expert_count": next(count for count in counts if count is not None),
+        "expert_used_count": config["num_experts_per_tok"],
+        "expert_feed_forward_length": config.get("moe_intermediate_size") or config["intermediate_size"],
+    }
+    if config.get("shared_expert_intermediate_size"):
+        settings["expert_shared_feed_forward_length"] = config["shared_expert_intermediate_size"]
+    return settings
+
+
+def _head_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return {"attention.key_length": size, "attention.value_length": size, "rope.dimension_count": size}
+
+
+def _latent_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """DeepSeek: to llama.cpp all heads share one key, the latent with the rotated features in front."""
+    rotated, rank = config["qk_rope_head_dim"], config["kv_lora_rank"]
+    settings = {
+        "attention.head_count_kv": 1,
+        "attention.kv_lora_rank": rank,
+        "attention.key_length": rank + rotated,
+        "attention.value_length": rank,
+        "attention.key_length_mla": config["qk_nope_head_dim"] + rotated,
+        "attention.value_length_mla": config["v_head_dim"],
+        "rope.dimension_count": rotated,
+        "leading_dense_block_count": config["first_k_dense_replace"],
+        "expert_shared_count": config["n_shared_experts"],
+        "expert_weights_scale": float(config["routed_scaling_factor"]),
+        "expert_weights_norm": bool(config["norm_topk_prob"]),
+        "expert_gating_func": 2,
+    }
+    if config["q_lora_rank"] is not None:
+        settings["attention.q_lora_rank"] = config["q_lora_rank"]
+    if config.get("n_group", 1) > 1:
+        settings |= {"expert_group_count": config["n_group"], "expert_group_used_count": config["topk_group"]}
+    return settings
+
+
+def to_config(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """config.json from a GGUF file: the one that moestro wrote into it, or one put together from its settings.
+
+    Raises:
+        ValueError: an architecture that moestro does not know, or settings that are missing.
+    """
+    name = settings.get("general.architecture")
+    kinds = [kind for kind, row in ARCHITECTURES.items() if row.name == name]
+    if not kinds or (name == "llama" and not settings.get("llama.expert_count")):
+        known = ", ".join(row.name for row in ARCHITECTURES.values())
+        raise ValueError(f"{where} holds a {name!r} model; moestro reads mixtures of experts of {known}")
+    if CONFIG in settings:
+        config = json.loads(settings[CONFIG])
+        if isinstance(config, dict) and config.get("model_type") == kinds[0] and "auto_map" not in config:
+            return config
+        raise ValueError(f"{where}: its {CONFIG} is not that of a {kinds[0]}")
+    try:
+        return _put_together({key.removeprefix(f"{name}."): v for key, v in settings.items()}, kinds[0], settings)
+    except KeyError as error:
+        raise ValueError(f"{where} lacks the setting {name}.{error.args[0]}") from None
+
+
+def _put_together(of: Mapping[str, Any], model_type: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    if any("rope.scaling" in key and of[key] not in ("none", 1.0) for key in of if key.endswith("type")):
+        raise ValueError("moestro reads no scaled rotary positions from GGUF, only default ones")
+    tokens = settings.get("tokenizer.ggml.tokens")
+    config = {
+        "model_type": model_type,
+        "vocab_size": len(tokens) if tokens else of["vocab_size"],
+        "hidden_size": of["embedding_length"],
+        "intermediate_size": of["feed_forward_length"],
+        "num_hidden_layers": of["block_count"],
+        "num_attention_heads": of["attention.head_count"],
+        "num_key_value_heads": of["attention.head_count_kv"],
+        "max_position_embeddings": of["context_length"],
+        "rms_norm_eps": round(of["attention.layer_norm_rms_epsilon"], 12),
+        "rope_parameters": {"rope_type": "default", "rope_theta": of.get("rope.freq_base", 10000.0)},
+        "num_experts_per_tok": of["expert_used_count"],
+        **{key: settings.get(f"tokenizer.ggml.{name}_token_id") for key, name in NEXT_IDS.items()},
+    }
+    hidden = of.get("expert_feed_forward_length", of["feed_forward_length"])
+    if model_type == "deepseek_v3":
+        return config | _deepseek_config(of, hidden)
+    head_dim = of.get("attention.key_length", of["embedding_length"] // of["attention.head_count"])
+    required = dict(ARCHITECTURES[model_type].requires)
+    names = {"mixtral": ("num_local_experts", "intermediate_size"), "olmoe": ("num_experts", "intermediate_size")}
+    experts, size = names.get(model_type, ("num_experts", "moe_intermediate_size"))
+    config |= required | {experts: of["expert_count"], size: hidden}
+    if model_type in ("mixtral", "qwen3_moe"):
+        config["head_dim"] = head_dim
+    if model_type == "qwen2_moe":
+        config["shared_expert_intermediate_size"] = of["expert_shared_feed_forward_length"]
+    return config
+
+
+def _deepseek_config(of: Mapping[str, Any], hidden: int) -> dict[str, Any]:
+    if "attention.key_length_mla" not in of:
+        raise ValueError("moestro reads no DeepSeek GGUF of 2024, whose latents are not split; convert it anew")
+    rotated = of["rope.dimension_count"]
+    return {
+        "num_key_value_heads": of["attention.head_count"],
+        "q_lora_rank": of.get("attention.q_lora_rank"),
+        "kv_lora_rank": of["attention.kv_lora_rank"],
+        "qk_nope_head_dim": of["attention.key_length_mla"] - rotated,
+        "qk_rope_head_dim": rotated,
+        "v_head_dim": of["attention.value_length_mla"],
+        "moe_intermediate_size": hidden,
+        "n_routed_experts": of["expert_count"],
+        "n_shared_experts": of["expert_shared_count"],
+        "n_group": of.get("expert_group_count", 1),
+        "topk_group": of.get("expert_group_used_count", 1),
+        "routed_scaling_factor": of.get("expert_weights_scale", 1.0),
+        "norm_topk_prob": of.get("expert_weights_norm", False),
+        "first_k_dense_replace": of.get("leading_dense_block_count", 0),
+        "rope_interleave": True,
+    }
+
+
+def tokenizer_settings(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The tokenizer of a folder as GGUF has it: ids, merges and special tokens.
+
+    Raises:
+        ValueError: no tokenizer.json, or one that is not byte-level BPE.
+    """
+    from moestro.data import open_tokenizer
+
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no tokenizer.json, which a GGUF file needs; put the model's own there")
+    open_tokenizer(folder)  # says what is wrong with a tokenizer that is not byte-level
+    content = json.loads(path.read_text(encoding="utf-8"))
+    tokens, kinds = _tokens(content, int(config["vocab_size"]), path)
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"].get("merges", [])]
+    settings: dict[str, Any] = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": _pre_tokenizer(content, path) if merges else "gpt-2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.merges": merges or NO_MERGES,
+        "tokenizer.ggml.add_bos_token": False,
+        TOKENIZER: json.dumps(content, ensure_ascii=False),
+    }
+    for key, name in NEXT_IDS.items():
+        value = config.get(key)
+        value = value[0] if isinstance(value, list) and value else value
+        if isinstance(value, int) and 0 <= value < len(tokens):
+            settings[f"tokenizer.ggml.{name}_token_id"] = value
+    return settings
+
+
+def _tokens(content: Mapping[str, Any], vocab_size: int, path: Path) -> tuple[list[str], list[int]]:
+    """Every id of the model; those that the tokenizer does not have are unused."""
+    tokens = [f"<|unused {index}|>" for index in range(vocab_size)]
+    kinds = [KINDS["unused"]] * vocab_size
+    entries = [(text, index, "normal") for text, index in content["model"]["vocab"].items()]
+    entries += [(t["content"], t["id"], "control" if t.get("special") else "user") for t in content["added_tokens"]]
+    for text, index, kind in entries:
+        if not 0 <= index < vocab_size:
+            raise ValueError(f"{path} has the token {text!r} with id {index}, but the model has {vocab_size} ids")
+        tokens[index], kinds[index] = text, KINDS[kind]
+    return tokens, kinds
+
+
+def _pre_tokenizer(content: Mapping[str, Any], path: Path) -> str:
+    """llama.cpp's name of the way in which text is cut before merging."""
+    pre = content.get("pre_tokenizer") or {}
+    if pre.get("type") == "ByteLevel" and pre.get("use_regex", True) and not pre.get("add_prefix_space"):
+        return "gpt-2"
+    raise ValueError(
+        f"{path} cuts text in a way that moestro cannot name in GGUF; it names GPT-2's (ByteLevel with its regex)"
+    )
