@@ -27,10 +27,10 @@ class MixtureOfExpertsRegressor(RegressorMixin, MixtureOfExperts):
             eight experts.
         gate: "softmax", "gaussian", "constant", "exponential-family", "kernel", "reconstruction" or a gate object
             with other options.
-        expert: "linear", "ridge", "gaussian" (full covariance), "constant", "laplace", "student",
-            "skew-normal", "skew-t", "poisson", "gamma", "gp" (Gaussian processes), "svm", "elm" (extreme learning
-            machines), an expert object with other options, or any regressor of scikit-learn that takes
-            sample_weight (see `EstimatorExpert`).
+        expert: "linear", "ridge", "gaussian" (full covariance), "constant", "laplace", "student", "skew-normal",
+            "skew-t", "poisson", "gamma", "bayesian" (a posterior over linear ones), "gp" (Gaussian processes),
+            "svm", "elm" (extreme learning machines), an expert object with other options, or any regressor of
+            scikit-learn that takes sample_weight (see `EstimatorExpert`).
         algorithm: "em"; "gem" (one Newton step of the gate); "ecm" (shares renewed between gate and experts);
             "mm" (bounds instead of Newton steps); "hard-em"; "stochastic-em"; "annealed-em";
             "gradient" (L-BFGS).

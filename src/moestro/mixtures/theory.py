@@ -71,3 +71,29 @@ def sparse_moe_bound(
     masks = 2 * k * natarajan_dim * (1 + np.log(n_experts / k))
     inside = (masks + natarajan_dim * np.log(2 * n) + np.log(4 / np.asarray(delta))) / (2 * n)
     return 4 * np.asarray(lipschitz) * rademacher + 2 * np.sqrt(inside)
+
+
+def softmax_least_squares_rates(n: Array | float, strongly_identifiable: bool = True) -> dict[str, Array]:
+    """Rates at which least squares of a softmax-gated mixture of experts learns, up to constants.
+
+        function and exactly fitted atoms sqrt(log n / n), over-fitted atoms (log n / n)^(1/4)
+                                                                                    Nguyen, Ho & Rinaldo 2024
+    Experts are strongly identifiable when products of inputs with their derivatives in the parameters are linearly
+    independent: one hidden layer of sigmoid or tanh with weights on the inputs. Polynomial and so linear experts,
+    and experts that ignore the inputs, are not: no rate `n^(-1/2r)` holds for their parameters, and it may be as
+    slow as `1 / log n`.
+
+    Args:
+        n: rows, at least 2.
+        strongly_identifiable: of the experts.
+
+    Returns:
+        "function", "exact" (parameters of atoms fitted by one) and "over" (by several).
+    """
+    n = np.asarray(n, dtype=np.float64)
+    if np.any(n < 2):
+        raise ValueError(f"n={n} must be at least 2")
+    base = np.sqrt(np.log(n) / n)
+    if not strongly_identifiable:
+        return {"function": base, "exact": 1 / np.log(n), "over": 1 / np.log(n)}
+    return {"function": base, "exact": base, "over": np.sqrt(base)}

@@ -7,11 +7,13 @@ from sklearn.svm import SVC, SVR
 
 from moestro.mixtures.elm import ELMClassifier, ELMRegressor
 from moestro.mixtures.experts.base import Expert
+from moestro.mixtures.experts.bayesian import BayesianExpert
 from moestro.mixtures.experts.classes import ConstantClassExpert, LogisticExpert, MultinomialExpert
 from moestro.mixtures.experts.estimator import EstimatorClassExpert, EstimatorExpert
 from moestro.mixtures.experts.gaussian import ConstantExpert, GaussianExpert
 from moestro.mixtures.experts.glm import GammaExpert, PoissonExpert
 from moestro.mixtures.experts.laplace import LaplaceExpert
+from moestro.mixtures.experts.noisy import NoisyExpert
 from moestro.mixtures.experts.process import GaussianProcessExpert
 from moestro.mixtures.experts.skew import SkewNormalExpert, SkewTExpert
 from moestro.mixtures.experts.student import StudentExpert
@@ -27,6 +29,7 @@ REGRESSION_EXPERTS: dict[str, Callable[[], Expert]] = {
     "skew-t": SkewTExpert,
     "poisson": PoissonExpert,
     "gamma": GammaExpert,
+    "bayesian": BayesianExpert,
     "gp": GaussianProcessExpert,
     "svm": lambda: EstimatorExpert(SVR()),
     "elm": lambda: EstimatorExpert(ELMRegressor(20, alpha=0.1)),
@@ -42,6 +45,7 @@ CLASSIFICATION_EXPERTS: dict[str, Callable[[], Expert]] = {
 __all__ = [
     "CLASSIFICATION_EXPERTS",
     "REGRESSION_EXPERTS",
+    "BayesianExpert",
     "ConstantClassExpert",
     "ConstantExpert",
     "EstimatorClassExpert",
@@ -53,6 +57,7 @@ __all__ = [
     "LaplaceExpert",
     "LogisticExpert",
     "MultinomialExpert",
+    "NoisyExpert",
     "PoissonExpert",
     "SkewNormalExpert",
     "SkewTExpert",
