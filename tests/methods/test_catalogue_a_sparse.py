@@ -14,7 +14,7 @@ from moestro.balance.smooth import softmax_importance_cv_squared, threshold_load
 from moestro.routers import DropByPositionPerExpert
 from moestro.routers.assignment import balanced_assignment
 from moestro.routers.dselect import smooth_step
-from moestro.routers.transports import converged_sinkhorn
+from moestro.routers.plans import sinkhorn
 from moestro.routing import Context, Selection
 
 ONE = torch.ones((), dtype=torch.float64)
@@ -414,10 +414,10 @@ def test_balanced_assignment_moves_along_chains() -> None:
 @entry("s-base-sinkhorn")
 def test_s_base_sinkhorn_plan_has_its_sums_and_ignores_a_bias_per_expert(method):
     z = 3 * tokens(40, 8)
-    plan = converged_sinkhorn(z, 1e-12, 2000).exp()
+    plan = sinkhorn(z, 2000, 1e-12).exp() / 40
     assert_close(plan.sum(1), torch.full((40,), 1 / 40, dtype=torch.float64))
     assert_close(plan.sum(0), torch.full((8,), 1 / 8, dtype=torch.float64))
-    shifted = converged_sinkhorn(z + 5 * tokens(1, 8), 1e-12, 2000).exp()
+    shifted = sinkhorn(z + 5 * tokens(1, 8), 2000, 1e-12).exp() / 40
     assert_close(shifted, plan, rtol=1e-8, atol=1e-10)
     u, v = torch.ones(40, dtype=torch.float64), torch.ones(8, dtype=torch.float64)
     for _ in range(2000):  # the released iteration, without the log domain
@@ -431,7 +431,7 @@ def test_s_base_sinkhorn_plan_has_its_sums_and_ignores_a_bias_per_expert(method)
 def test_s_base_sinkhorn_selects_by_the_plan_and_weighs_by_the_logits(method, top_k):
     moe, x = lively(method, top_k=top_k), tokens(30)
     z = x @ moe.router.scorer.weight.detach().T
-    plan = converged_sinkhorn(z)
+    plan = sinkhorn(z, 200, 1e-4)
     for phase, scores in ((True, plan), (False, z)):
         decision = moe.train(phase).route(x)
         chosen = [best(row, top_k) for row in scores]
@@ -449,7 +449,7 @@ def test_s_base_sinkhorn_evens_the_load_and_does_not_overflow(method):
     moe.router.scorer.weight.data[0] *= 4
     train, evaluation = (moe.train(p).route(x).routing.load().max() for p in (True, False))
     assert train < evaluation
-    assert converged_sinkhorn(1000 * tokens(6, 3)).isfinite().all()
+    assert sinkhorn(1000 * tokens(6, 3), 200, 1e-4).isfinite().all()
     assert lively(method, num_experts=1).train().route(x).routing.load().tolist() == [400]
 
 

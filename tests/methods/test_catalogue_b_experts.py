@@ -142,11 +142,11 @@ def test_pmoe_patch_samples_do_not_compete():
 
 def test_routers_vision_study_sinkhorn_rows_and_columns():
     logits = torch.randn(12, 4, dtype=torch.float64)
-    plan = sinkhorn(logits, 200)
+    plan = sinkhorn(logits, 200).exp()
     assert_close(plan.sum(1), torch.ones(12, dtype=torch.float64))
     assert_close(plan.sum(0), torch.full((4,), 3.0, dtype=torch.float64))
-    assert_close(sinkhorn(logits, 20).sum(1), torch.ones(12, dtype=torch.float64))
-    assert_close(sinkhorn(logits.log_softmax(1) + torch.randn(4), 200), plan), "potentials are absorbed"
+    assert_close(sinkhorn(logits, 20).exp().sum(1), torch.ones(12, dtype=torch.float64))
+    assert_close(sinkhorn(logits.log_softmax(1) + torch.randn(4), 200).exp(), plan), "potentials are absorbed"
     ratio = (plan / logits.exp()).log()  # a plan of this form is the optimum
     assert_close(ratio, ratio[:, :1] + ratio[:1] - ratio[0, 0])
 
@@ -193,9 +193,11 @@ def test_routers_vision_study_plans_choose_and_softmax_weighs(chooser, affinity)
     matrix, inner = decision.routing.combine_matrix(), x[valid]
     probs = (inner @ moe.router.scorer.weight.T).softmax(1)
     slots = 12 * 2 // 4
-    plan = {"softmax": probs, "sinkhorn": sinkhorn(probs.log()), "sparse": SparsityConstrained()(probs, slots)}[
-        affinity
-    ]
+    plan = {
+        "softmax": probs,
+        "sinkhorn": sinkhorn(probs.log()).exp(),
+        "sparse": SparsityConstrained()(probs, slots),
+    }[affinity]
     axis, count = (0, slots) if chooser == "expert" else (1, 2)
     chosen = torch.zeros_like(probs)
     best = plan.sort(dim=axis, descending=True, stable=True).indices

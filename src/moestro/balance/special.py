@@ -11,6 +11,7 @@ from moestro.balance.counts import chosen_by, facts, noted, probs_of
 from moestro.balance.levels import group_size
 from moestro.balance.loss import Sums, TokenLoss
 from moestro.routing import Decision
+from moestro.routing.context import home_devices
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,7 @@ class Locality(TokenLoss):
         """Raises ValueError for a decision without probabilities or choices, or a device out of range."""
         probs, _, _ = facts(decision)
         group_size(probs.shape[1], self.num_devices)
-        home = decision.notes.get("device")
-        if home is None:
-            home = torch.arange(len(probs), device=probs.device) * self.num_devices // max(len(probs), 1)
-        elif len(home) and not 0 <= int(home.min()) <= int(home.max()) < self.num_devices:
-            raise ValueError(f"Context.device names device {int(home.max())}, but there are {self.num_devices}")
+        home = home_devices(decision.notes.get("device"), len(probs), self.num_devices, probs.device)
         at_home = torch.zeros(len(probs), self.num_devices, dtype=probs.dtype, device=probs.device)
         at_home = at_home.scatter(1, home.unsqueeze(1), 1.0)
         share = probs.unflatten(1, (self.num_devices, -1)).sum(-1)

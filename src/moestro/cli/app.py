@@ -25,6 +25,7 @@ COMMANDS = (
     ("report", "report", "Write the page that shows what the experts of a run did."),
     ("doctor", "doctor", "Say which known defects training a transformers model would meet."),
     ("methods", "methods", "List the routing methods and the papers they follow."),
+    ("losses", "losses", "List what keeps experts busy: losses, controllers, capacities."),
     ("show", "show", "Show the parts that a method is assembled from."),
     ("cite", "cite", "Print the BibTeX entry of a method's paper."),
 )

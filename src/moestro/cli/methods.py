@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 
+from moestro.cli.catalogue import catalogue_page
 from moestro.cli.parts import source_file
 from moestro.cli.terminal import print_json, print_table
 
@@ -66,7 +67,7 @@ def method_facts(method: Method) -> dict[str, Any]:
 
 
 def methods_page(rows: list[dict[str, Any]]) -> str:
-    """A page of tables, one per family: what each method is, its paper, and what it promises.
+    """A page of tables: by family what each method is, its paper and what it promises; by catalogue id its parts.
 
     Args:
         rows: of `method_facts`.
@@ -81,7 +82,7 @@ def methods_page(rows: list[dict[str, Any]]) -> str:
             "|---|---|---|---|---|",
         ]
         lines += [_page_row(row) for row in rows if row["family"] == family]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *catalogue_page()]) + "\n"
 
 
 PREFACE = """\

@@ -120,8 +120,10 @@ def chosen_pairs(decision: Decision) -> tuple[Tensor, Tensor, Tensor]:
         amount = matrix[token, expert]
     if amount is None:
         amount = torch.ones(len(token), dtype=torch.float64)
-    of_text = valid_tokens(decision)[token]
-    return token[of_text], expert[of_text].long(), amount[of_text]
+    counted = valid_tokens(decision)[token]
+    if choice is not None and "wanted" in decision.notes:
+        counted = counted & decision.notes["wanted"].detach().cpu().flatten()
+    return token[counted], expert[counted].long(), amount[counted]
 
 
 def _probabilities(decision: Decision, valid: Tensor) -> Tensor | None:
@@ -151,8 +153,9 @@ def _dropped(decision: Decision, valid: Tensor) -> Tensor | None:
     """One value per choice (or per token, where experts choose): 1 where it was dropped."""
     kept, choice = decision.notes.get("kept"), decision.notes.get("choice")
     if choice is not None:
-        kept = torch.ones_like(choice, dtype=torch.bool) if kept is None else kept
-        return (~kept.detach().cpu().bool()[valid]).flatten().double()
+        wanted = decision.notes.get("wanted", torch.ones_like(choice, dtype=torch.bool)).detach().cpu()[valid]
+        kept = wanted if kept is None else kept.detach().cpu()[valid]
+        return (~kept[wanted]).double()
     reached = torch.zeros(len(valid), dtype=torch.bool)
     reached[chosen_pairs(decision)[0]] = True
     return (~reached[valid]).double()

@@ -39,9 +39,11 @@ def gshard_top2(
 
     The two weights are normalised before any drop; capacity = capacity_factor * ceil(tokens / experts); the loss
     counts first choices only. A later token's first choice goes before an earlier token's second one, so a
-    capacity that binds is not causal: `capacity_factor=None` drops nothing and is.
+    capacity that binds is not causal: `capacity_factor=None` drops nothing and is. A single expert has no second
+    choice (its gate value would be 0), so that the layer is that expert.
     """
-    select = RandomSecond(TopK(2)) if second == "random" else TopK(2)
+    k = min(2, experts.num_experts)
+    select = RandomSecond(TopK(2)) if second == "random" and k == 2 else TopK(k)
     capacity = (
         Dropless() if capacity_factor is None else DropByPosition(partial(gshard_slots, factor=capacity_factor))
     )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from moestro.routing import Context, Decision
@@ -72,6 +73,13 @@ def context_notes(context: Context) -> dict[str, Tensor]:
     """The facts of the context that losses and inspection need beside a decision."""
     facts = {name: getattr(context, name) for name in ("valid", "sequence", "domain", "device")}
     return {name: value for name, value in facts.items() if value is not None}
+
+
+def shared_draw(draw: Tensor) -> Tensor:
+    """A random number that all ranks share: that of rank 0, if torch.distributed runs."""
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast(draw, src=0)
+    return draw
 
 
 def check_top_k(k: int, num_experts: int) -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from moestro.routers.base import shared_draw
 from moestro.routers.capacities import Capacity
 from moestro.routing import Context, Selection
+from moestro.routing.context import home_devices
 
 
 class SkipLayer(Capacity):
@@ -32,9 +33,9 @@ class SkipLayer(Capacity):
 
     def forward(self, chosen: Selection, weight: Tensor, num_experts: int, context: Context) -> Selection:
         drops = self.training and self._draw(weight.device)
-        return self.replaced(chosen, num_experts) if drops else chosen
+        return self.replaced(chosen, num_experts, context) if drops else chosen
 
-    def replaced(self, chosen: Selection, num_experts: int) -> Selection:
+    def replaced(self, chosen: Selection, num_experts: int, context: Context) -> Selection:
         """What a call that drops does instead."""
         return chosen.restricted(torch.zeros_like(chosen.index, dtype=torch.bool))
 
@@ -42,18 +43,16 @@ class SkipLayer(Capacity):
         return True
 
     def _draw(self, device: torch.device) -> bool:
-        draw = torch.rand(1, device=device)
-        if dist.is_available() and dist.is_initialized():
-            dist.broadcast(draw, src=0)
-        return bool(draw < self.probability)
+        return bool(shared_draw(torch.rand(1, device=device)) < self.probability)
 
 
 class StayLocal(SkipLayer):
     """Gate-Drop: tokens stay on their device and go to the expert of the same place there.
 
-        expert e of token t -> home(t) * E/D + e mod E/D,   home(t) = t * D // T        Liu et al. 2022, section 3
+        expert e of token t -> home(t) * E/D + e mod E/D        Liu et al. 2022, section 3
 
-    Combine weights stay those of the gate. D devices hold equally many consecutive tokens and experts.
+    Combine weights stay those of the gate. Token t lives on `Context.device`, or without it on device t * D // T of
+    the call; the D devices hold equally many consecutive experts.
 
     Args:
         probability: how often.
@@ -69,7 +68,7 @@ class StayLocal(SkipLayer):
             raise ValueError(f"Gate-Drop on num_devices={num_devices} has no effect; pass 2 or more")
         self.num_devices = num_devices
 
-    def replaced(self, chosen: Selection, num_experts: int) -> Selection:
-        per_device, num_tokens = num_experts // self.num_devices, len(chosen.index)
-        home = torch.arange(num_tokens, device=chosen.index.device) * self.num_devices // max(num_tokens, 1)
+    def replaced(self, chosen: Selection, num_experts: int, context: Context) -> Selection:
+        per_device = num_experts // self.num_devices
+        home = home_devices(context.device, len(chosen.index), self.num_devices, chosen.index.device)
         return Selection(home.unsqueeze(1) * per_device + chosen.index % per_device, chosen.keep)

@@ -37,7 +37,7 @@ class SinkhornSelection(Select):
         places = slice(None) if context.valid is None else context.valid
         logits = scores.detach().clamp(min=torch.finfo(scores.dtype).tiny).log()
         plan = torch.zeros_like(scores, dtype=torch.float64)
-        plan[places] = sinkhorn(logits[places], self.iterations)
+        plan[places] = sinkhorn(logits[places], self.iterations).exp()
         chosen: Selection = self.select(plan, context)
         return chosen
 

@@ -58,20 +58,27 @@ class Capped:
 
 
 @torch.no_grad()
-def sinkhorn(scores: Tensor, iterations: int = 20) -> Tensor:
-    """Entropic transport: rows sum to 1, columns to T / E, by alternate scaling of `exp(z)`.
+def sinkhorn(logits: Tensor, iterations: int = 20, tolerance: float = 0.0) -> Tensor:
+    """The logarithm of an entropic transport plan: rows sum to 1, columns to T / E at convergence.
 
-    Adding a constant to a token's or to an expert's logits changes nothing, so log probabilities do as well.
+        plan = diag(u) exp(z) diag(v),   u and v by turns until log v moves by less than `tolerance`
 
-    Shapes: logits `[tokens, experts]` -> plan `[tokens, experts]`.
+    In the log domain, where nothing overflows. Adding a constant to a token's or to an expert's logits changes
+    nothing, so log probabilities do as well. The paper's plan with row sums 1/T is this one less log T.
+
+    Shapes: logits `[tokens, experts]` -> the same.
     """
-    log_plan = scores.double()
-    if not log_plan.numel():
-        return log_plan
-    for _ in range(iterations):  # even columns of any sum: the rows set the scale
-        log_plan = log_plan - log_plan.logsumexp(0, keepdim=True)
-        log_plan = log_plan - log_plan.logsumexp(1, keepdim=True)
-    return log_plan.exp()
+    z = logits.double()
+    if not z.numel():
+        return z
+    share = math.log(z.shape[0] / z.shape[1])
+    column = z.new_zeros(z.shape[1])
+    for _ in range(iterations):
+        row = -(z + column).logsumexp(1, keepdim=True)
+        before, column = column, share - (z + row).logsumexp(0)
+        if tolerance and bool((column - before).abs().max() < tolerance):
+            break
+    return (z + column).log_softmax(1)
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,7 @@ class BySinkhorn:
 
     def __call__(self, scores: Tensor, slots: int) -> Tensor:
         """Shapes: scores `[tokens, experts]` -> the same."""
-        return sinkhorn(scores.clamp(min=torch.finfo(scores.dtype).tiny).log(), self.iterations)
+        return sinkhorn(scores.clamp(min=torch.finfo(scores.dtype).tiny).log(), self.iterations).exp()
 
 
 @torch.no_grad()

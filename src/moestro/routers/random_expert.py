@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moestro.routers.base import Router, context_notes
+from moestro.routers.base import Router, context_notes, shared_draw
 from moestro.routers.fixed import mix
 from moestro.routing import Context, Decision, SparseRouting
 
@@ -19,8 +19,8 @@ class RandomExpert(Router):
 
         y_t = f_e(x_t),   e ~ U{0 .. E - 1}        Zuo et al. 2021 (THOR), section 3
 
-    Training draws from torch's CPU generator: ranks with equal seeds draw equal experts. Evaluation draws by a
-    hash of the token's id and position (`token`) or of its sequence (`sentence`), so that it can be repeated.
+    In training all ranks use the draw of rank 0. Evaluation draws by a hash of the token's id and position
+    (`token`) or of its sequence (`sentence`), so that it can be repeated.
 
     Args:
         num_experts: number of experts.
@@ -35,16 +35,16 @@ class RandomExpert(Router):
         self.num_experts, self.level, self.seed = num_experts, evaluate, seed
 
     def decide(self, x: Tensor, context: Context) -> Decision:
-        index = self._draw(len(x), context).to(x.device).unsqueeze(1)
+        index = self._draw(len(x), context, x.device).unsqueeze(1)
         keep = None if context.valid is None else context.valid.unsqueeze(1)
         weight = torch.ones_like(index, dtype=x.dtype)
         routing = SparseRouting.from_choice(index, weight, self.num_experts, keep)
         notes = {**context_notes(context), "choice": index}
         return Decision(routing, notes=notes if keep is None else {**notes, "kept": keep})
 
-    def _draw(self, num_tokens: int, context: Context) -> Tensor:
+    def _draw(self, num_tokens: int, context: Context, device: torch.device) -> Tensor:
         if self.training:
-            return torch.randint(self.num_experts, ()).expand(num_tokens)
+            return shared_draw(torch.randint(self.num_experts, (), device=device)).expand(num_tokens)
         if self.level == "sentence":
             who = "a draw for each sentence"
             drawn = mix(context.need("sequence", who), torch.full((), self.seed))

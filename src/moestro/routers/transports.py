@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moestro.routers.assignment import balanced_assignment
+from moestro.routers.plans import sinkhorn
 from moestro.routers.selects import Select
 from moestro.routing import Context, Selection, top_k
 from moestro.routing.context import NO_CONTEXT
@@ -82,25 +83,7 @@ class SinkhornInTraining(EvenInTraining):
         self.tolerance, self.iterations = tolerance, iterations
 
     def plan(self, logits: Tensor) -> Tensor:
-        return top_k(converged_sinkhorn(logits, self.tolerance, self.iterations), self.k)
-
-
-def converged_sinkhorn(logits: Tensor, tolerance: float = 1e-4, iterations: int = 200) -> Tensor:
-    """The logarithm of the transport plan, by alternating scalings in the log domain (nothing overflows).
-
-    Shapes: `[tokens, experts]` -> the same; rows sum to 1/tokens exactly, columns to 1/experts at convergence.
-    """
-    tokens, num_experts = logits.shape
-    column = logits.new_zeros(num_experts)
-    for _ in range(iterations):
-        row = -(logits + column).logsumexp(1, keepdim=True) - logits.new_tensor(tokens).log()
-        new = -(logits + row).logsumexp(0) - logits.new_tensor(num_experts).log()
-        change = (new - column).abs().max()
-        column = new
-        if bool(change < tolerance):
-            break
-    row = -(logits + column).logsumexp(1, keepdim=True) - logits.new_tensor(tokens).log()
-    return logits + row + column
+        return top_k(sinkhorn(logits, self.iterations, self.tolerance), self.k)
 
 
 def finite(logits: Tensor) -> Tensor:

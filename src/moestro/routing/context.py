@@ -68,6 +68,22 @@ class Context:
 NO_CONTEXT = Context()
 
 
+def home_devices(device: Tensor | None, num_tokens: int, num_devices: int, where: torch.device) -> Tensor:
+    """Device of every token, `[tokens]` int64: as given (`Context.device`), or consecutive tokens in equal parts.
+
+    Raises:
+        ValueError: a device out of range.
+    """
+    if device is None:
+        return torch.arange(num_tokens, device=where) * num_devices // max(num_tokens, 1)
+    if num_tokens and not 0 <= int(device.min()) <= int(device.max()) < num_devices:
+        raise ValueError(
+            f"Context.device names devices {int(device.min())} to {int(device.max())}, "
+            f"but num_devices={num_devices}: pass 0 to {num_devices - 1}"
+        )
+    return device.long()
+
+
 def group_by_sequence(
     sequence: Tensor | None, valid: Tensor | None, num_tokens: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
