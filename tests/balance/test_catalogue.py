@@ -86,11 +86,10 @@ def test_every_part_is_listed():
     def below(kind: type) -> set[type]:
         return {kind}.union(*map(below, kind.__subclasses__()))
 
-    listed = {entry.part for entry in BALANCINGS}
+    listed, rooms = {entry.part for entry in BALANCINGS}, ("moestro.balance.", "moestro.routers.")
     for base in (Loss, Controller, Capacity):
-        ours = {kind for kind in below(base) if kind.__module__.startswith("moestro.")}
-        missing = {kind for kind in ours if not kind.__abstractmethods__} - listed
-        assert missing == {kind for kind in missing if kind.__name__ == "Variation"}, missing
+        ours = {kind for kind in below(base) if kind.__module__.startswith(rooms) and not kind.__abstractmethods__}
+        assert {kind.__name__ for kind in ours - listed} <= {"Variation"}
     assert PerSequence in listed
 
 

@@ -142,7 +142,7 @@ def test_every_loss_is_tested():
     def below(kind: type) -> set[type]:
         return {kind}.union(*map(below, kind.__subclasses__()))
 
-    ours = {kind for kind in below(Loss) if kind.__module__.startswith("moestro.")}
+    ours = {kind for kind in below(Loss) if kind.__module__.startswith("moestro.balance.")}
     assert {kind for kind in ours if not kind.__abstractmethods__} - kinds_with_a_test() == set()
 
 

@@ -5,6 +5,8 @@ import torch
 from oracles.tiny_models import CAUSAL_METHODS, facts, tiny_model, tokens_for
 from torch.testing import assert_close
 
+import moestro
+
 ALL = [None, *CAUSAL_METHODS]
 DROPLESS = [name for name in ALL if name is None or tiny_model(name).batch_independent]
 
@@ -84,3 +86,26 @@ def test_bad_calls_are_refused(call, message):
     model = tiny_model()
     with pytest.raises(ValueError, match=message):
         call(model, tokens_for(model))
+
+
+@torch.no_grad()
+def test_routers_of_later_layers_see_what_the_mixture_before_them_decided():
+    """MoE++ adds the previous logits; the first mixture has none, a dense layer between does not matter."""
+    model = tiny_model("moe-plus-plus", every=2, num_layers=6).eval()
+    log, tokens = moestro.RoutingLog(model), tokens_for(model)
+    states: dict[str, torch.Tensor] = {}
+    for name in log.layers:
+        router = model.get_submodule(name).router
+        router.register_forward_pre_hook(lambda _, inputs, name=name: states.update({name: inputs[0]}))
+    with log.recording():
+        model(tokens)
+    before = None
+    for name in log.layers:
+        scorer, (decision,) = model.get_submodule(name).router.scorer, log.decisions[name]
+        expected = states[name] @ scorer.scorer.weight.T
+        if before is not None:
+            assert float((before @ scorer.weight.T).abs().max()) > 1e-3
+            expected = expected + before @ scorer.weight.T
+        assert_close(decision.logits, expected)
+        before = decision.logits
+    assert len(log.layers) == 3

@@ -75,17 +75,20 @@ class MoE(nn.Module):
         self.method: str | None = None
         self.options: dict[str, Any] = {}
 
-    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context | None = None, decisions: list[Decision] | None = None) -> Tensor:
         """Route, run and add the shared expert.
 
         Args:
             x: hidden states `[..., width]`; of `[batch, length, width]` each batch entry is a sequence.
             context: facts about the tokens, flattened to one entry per token.
+            decisions: gets the decision appended, for a caller that tells the next layer (`Context.previous`).
 
         Returns: the shape of `x`, its last size being `experts.out_width`.
         """
         tokens = x.reshape(-1, x.shape[-1])
         decision = self.route(tokens, (context or Context()).with_sequences_of(x))
+        if decisions is not None:
+            decisions.append(decision)
         y = self.run(tokens, decision)
         return y.view(*x.shape[:-1], y.shape[-1])
 

@@ -18,8 +18,8 @@ from moestro.routers.policy import Policy
 def rl_router(experts: Experts, *, weight: Literal["probability", "one"] = "probability") -> MoE:
     """The router is a policy that samples one expert per token and is rewarded by the token's likelihood (RL-R).
 
-    Add `moestro.balance.policy.policy_loss(decisions, reward)` to the objective: the reward is known only after the
-    whole model has run.
+    The reward is known only after the whole model has run: `moestro train` hands it to every router (objective
+    `policy-gradient`), elsewhere add `moestro.balance.policy.policy_loss(decisions, reward)` to the objective.
     """
     router = Policy(Linear(experts.width, experts.num_experts), experts.width, weight)
     return MoE(router, experts)

@@ -15,7 +15,8 @@ from moestro.routers.random_expert import Level, RandomExpert
 def thor(experts: Experts, *, evaluate: Level = "token", seed: int = 0) -> MoE:
     """A random expert serves the whole batch; nothing is learned about routing.
 
-    Train it on two passes of each batch with `moestro.balance.consistency.two_pass_objective`. Evaluation draws an
-    expert for each token (needs `Context.token_ids` and `position`) or sentence (`sequence`).
+    `moestro train` gives it two passes of each batch (objective `two-passes`), elsewhere use
+    `moestro.balance.consistency.two_pass_objective`. Evaluation draws an expert for each token (needs
+    `Context.token_ids` and `position`) or sentence (`sequence`).
     """
     return MoE(RandomExpert(experts.num_experts, evaluate, seed), experts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from moestro.models.counts import ModelCounts, count_flops_per_token, count_para
 from moestro.models.latent import LatentAttention
 from moestro.models.norm import RMSNorm
 from moestro.models.rotary import Rotary
-from moestro.routing import Context
+from moestro.routing import Context, Decision
 
 Attention = GroupedQueryAttention | LatentAttention
 
@@ -26,6 +27,7 @@ class Block(nn.Module):
         x = x + attention(norm(x)),   x = x + feed_forward(norm(x))
 
     The feed-forward network is called `moe` if it is a mixture of experts, `ffn` if it is dense; the other is None.
+    A list of `decisions` gets that of the mixture appended.
 
     Shapes: x `[batch, length, width]` -> the same.
     """
@@ -48,13 +50,14 @@ class Block(nn.Module):
         mask: Tensor | None = None,
         context: Context | None = None,
         cache: LayerCache | None = None,
+        decisions: list[Decision] | None = None,
     ) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rotary, mask, cache)
-        return x + self.feed_forward(self.ffn_norm(x), context)
+        return x + self.feed_forward(self.ffn_norm(x), context, decisions)
 
-    def feed_forward(self, x: Tensor, context: Context | None) -> Tensor:
+    def feed_forward(self, x: Tensor, context: Context | None, decisions: list[Decision] | None = None) -> Tensor:
         if self.moe is not None:
-            return self.moe(x, context)
+            return self.moe(x, context, decisions)
         assert self.ffn is not None
         return self.ffn(x)
 
@@ -127,9 +130,11 @@ class DecoderLM(nn.Module):
         rotary = self.rotary(start, tokens.shape[1])
         mask = _attention_mask(tokens, start, valid)
         context = _context(tokens, start, valid, domain)
-        x = self.embedding(tokens)
+        x, decisions = self.embedding(tokens), list[Decision]()
         for index, layer in enumerate(self.layers):
-            x = layer(x, rotary, mask, context, None if cache is None else cache.layers[index])
+            x = layer(x, rotary, mask, context, None if cache is None else cache.layers[index], decisions)
+            if decisions:  # some routers read what the mixture before them decided
+                context = replace(context, previous=decisions.pop())
         return self.norm(x)
 
     def new_cache(self, batch: int, max_length: int | None = None) -> KeyValueCache:

@@ -25,6 +25,7 @@ class Router(nn.Module, ABC):
         causal: later tokens cannot change what happens to earlier ones.
         causal_evaluation: that holds in evaluation, by a rule of its own, though not in training.
         batch_independent: a sequence's decision does not depend on the others of the batch.
+        objective: what a model of it is trained for: `next-token`, `two-passes` or `policy-gradient`.
         needs_history: a token's decision needs the tokens before it in the same call, so that generation cannot
             feed one token at a time.
     """
@@ -34,6 +35,7 @@ class Router(nn.Module, ABC):
     causal: bool = True
     causal_evaluation: bool = False
     batch_independent: bool = True
+    objective: str = "next-token"
     needs_history: bool = False
 
     def forward(self, x: Tensor, context: Context | None = None) -> Decision:

@@ -18,7 +18,8 @@ class Policy(Router):
 
         pi(e | x) = softmax(z)_e,   b(x) = x . v + c        Clark et al. 2022, section 3.3 (RL-R)
 
-    Notes `value` `[tokens]`, the baseline b. `moestro.balance.policy.policy_loss` trains pi and b from rewards.
+    Notes `value` `[tokens]`, the baseline b. `moestro.balance.policy.policy_loss` trains pi and b from rewards, and
+    `moestro train` gives it every token's (objective `policy-gradient`).
 
     Args:
         scorer: x -> logits z.
@@ -27,6 +28,7 @@ class Policy(Router):
     """
 
     top_k = 1
+    objective = "policy-gradient"
 
     def __init__(self, scorer: Scorer, width: int, weight: Literal["probability", "one"] = "probability") -> None:
         super().__init__()

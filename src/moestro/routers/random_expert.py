@@ -29,6 +29,7 @@ class RandomExpert(Router):
     """
 
     top_k = 1
+    objective = "two-passes"
 
     def __init__(self, num_experts: int, evaluate: Level = "token", seed: int = 0) -> None:
         super().__init__()

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from moestro.balance import RoutingLog, StepTotals
 from moestro.data import Batch
+from moestro.routing import Decision
 from moestro.train.errors import NonFiniteLoss
 from moestro.train.machine import Machine
+from moestro.train.objectives import Objective, objective_for
 
 Statistics = Literal["micro-batch", "step"]
 
@@ -48,6 +51,7 @@ class Stepper:
         clip: largest gradient norm; 0 = no clipping.
         compiled: what to call in place of the model, for example `torch.compile(model)`.
         statistics: whose tokens an auxiliary loss is computed from, "micro-batch" or "step".
+        objective: what is learned; None = what the model's routers need, mostly the next token.
     """
 
     def __init__(
@@ -61,9 +65,11 @@ class Stepper:
         clip: float = 1.0,
         compiled: Callable[..., Tensor] | None = None,
         statistics: Statistics = "micro-batch",
+        objective: Objective | None = None,
     ):
         self.model, self.optimiser, self.machine, self.log = model, optimiser, machine, log
         self.accumulate, self.clip, self.statistics = accumulate, clip, statistics
+        self.objective = objective or objective_for(model)
         self._forward: Callable[..., Tensor] = model if compiled is None else compiled
 
     def __call__(self, batch: Batch, step: int) -> StepResult:
@@ -96,26 +102,27 @@ class Stepper:
             return None
         return self.log.first_pass(partial(self._infer, *part[:2]) for part in self._parts(batch))
 
-    def _infer(self, tokens: Tensor, domain: Tensor) -> Tensor:
+    def _infer(self, tokens: Tensor, domain: Tensor) -> list[Tensor]:
+        """Logits `[tokens, classes]` of each pass that the objective wants."""
         with self.machine.autocast():
-            return self._forward(tokens, domain=domain)
+            passes = [self._forward(tokens, domain=domain) for _ in range(self.objective.passes)]
+        return [logits.float().flatten(0, 1) for logits in passes]
 
     def _backward(
         self, tokens: Tensor, domain: Tensor, targets: Tensor, weight: float, totals: StepTotals | None
     ) -> dict[str, Tensor]:
         share = tokens.numel() * weight
+        with nullcontext() if self.log is None else self.log.recording():
+            logits = self._infer(tokens, domain)
         if self.log is None:
-            with self.machine.autocast():
-                logits = self._forward(tokens, domain=domain)
-            auxiliary, named = logits.new_zeros((), dtype=torch.float32), {}
+            auxiliary, named, decisions = logits[0].new_zeros(()), dict[str, Tensor](), list[Decision]()
         else:
-            with self.log.recording(), self.machine.autocast():
-                logits = self._forward(tokens, domain=domain)
             auxiliary, named = self.log.auxiliary_loss(totals), self.log.losses(totals)
             auxiliary = auxiliary * share if totals is None else auxiliary
-        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum") * weight
-        (loss + auxiliary).backward()
-        measured = {"loss": loss.detach(), "auxiliary_loss": auxiliary.detach().float()}
+            decisions = list(chain(*self.log.decisions.values()))
+        measured_loss, learned = self.objective(logits, targets.flatten(), decisions)
+        (learned * weight + auxiliary).backward()
+        measured = {"loss": measured_loss * weight, "auxiliary_loss": auxiliary.detach().float()}
         return measured | {name: value * share for name, value in named.items()}
 
     def _gradient_norm(self) -> Tensor:
