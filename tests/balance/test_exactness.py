@@ -86,6 +86,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "expert-gate": ("expert-gate", {}),
     "moe-plus-plus": ("moe-plus-plus", {}),
     "adaptive-gating": ("adaptive-gating", {}),
+    "expert-choice": ("expert-choice", {"capacity_factor": 4.0, "predict": 0.1}),
     "hypermoe": ("hypermoe", {}),
 }
 

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from oracles.tiny_models import CAUSAL_METHODS, tiny_model, tokens_for
+from torch.testing import assert_close
 
-from moestro.inference import generate
+import moestro
+from moestro.inference import check_generation, generate
 from moestro.models import build_language_model
 
 DROPLESS = [name for name in (None, *CAUSAL_METHODS) if name is None or tiny_model(name).batch_independent]
@@ -85,3 +87,49 @@ def test_routers_that_look_back_generate_without_the_cache(table: str) -> None:
     prompt = torch.arange(8)
     cached = list(generate(model, prompt, max_new_tokens=20, cache=True))
     assert cached == list(generate(model, prompt, max_new_tokens=20, cache=False))
+
+
+# methods that look at later tokens in training only, and have a causal rule of their own for evaluation
+EVALUATED_CAUSALLY = [
+    ("base-layers", {}),
+    ("s-base-sinkhorn", {}),
+    ("mixture-of-depths", {}),
+    ("expert-choice", {"predict": 0.1}),
+]
+
+
+@pytest.mark.parametrize(("method", "options"), EVALUATED_CAUSALLY)
+def test_methods_with_a_causal_rule_generate_by_it(method, options):
+    model = tiny_model(method, options=options)
+    tokens = tokens_for(model, batch=1)
+    with torch.no_grad():
+        whole, start = model(tokens), model(tokens[:, :9])
+        other = tokens.clone()
+        other[:, 9:] = (other[:, 9:] + 1) % model.vocab_size
+        assert_close(whole[:, :9], start, rtol=1e-5, atol=1e-5)
+        assert_close(model(other)[:, :9], start, rtol=1e-5, atol=1e-5)
+        model.train()
+        assert not torch.allclose(model(tokens)[:, :9], model(other)[:, :9]), "training looks at later tokens"
+    cached, plain = (list(generate(model, tokens[0, :6], 30, cache=cache)) for cache in (True, False))
+    assert cached == plain
+
+
+def with_layer(method, **options):
+    """A model whose second layer is of another method, put in by hand."""
+    model = tiny_model("mixtral")
+    sizes = {"width": 32, "hidden": 24, "num_experts": 8}
+    model.layers[1].moe = moestro.build(method, **sizes, **options)
+    return model
+
+
+@pytest.mark.parametrize("method", ["soft-moe", "expert-choice", "expert-choice-capped", "smear", "pmoe-patch"])
+def test_methods_without_one_are_refused(method):
+    with pytest.raises(ValueError, match=rf"layers.1.moe \({method}\) looks at later tokens"):
+        generate(with_layer(method), [1, 2, 3], 2)
+
+
+def test_sequences_that_would_change_one_another_are_not_generated_together():
+    check_generation(with_layer("switch"))
+    check_generation(with_layer("deepseek-v3", top_k=2), sequences=3)
+    with pytest.raises(ValueError, match=r"layers.1.moe \(switch\) routes 3 sequences together"):
+        check_generation(with_layer("switch"), sequences=3)

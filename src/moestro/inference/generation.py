@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moestro.inference.sampler import Sampler
+from moestro.layers import MoE
 from moestro.models import DecoderLM, KeyValueCache
 
 
@@ -41,7 +42,8 @@ def generate(
         domain: source or language of the text; for methods that route by it.
 
     Raises:
-        ValueError: an empty prompt, ids outside the vocabulary, or more tokens than the model has positions.
+        ValueError: an empty prompt, ids outside the vocabulary, more tokens than the model has positions, or a
+            model that cannot generate.
     """
     prompt = torch.as_tensor(tokens, dtype=torch.long, device=model.embedding.weight.device).flatten()
     _check(model, prompt, max_new_tokens)
@@ -84,7 +86,28 @@ class _Step:
         return self.model.head(states[0, -1])
 
 
+def check_generation(model: DecoderLM, sequences: int = 1) -> None:
+    """Raise ValueError if a model cannot generate so many sequences at once.
+
+    Routing must not look at later tokens in evaluation: methods such as BASE layers, Sinkhorn routing,
+    mixture-of-depths, and expert choice with `predict`, have a causal rule of their own there. Several sequences
+    at once must not change one another.
+    """
+    for name, layer in model.named_modules():
+        if isinstance(layer, MoE) and not layer.causal_evaluation:
+            raise ValueError(
+                f"{name} ({layer.method or 'a mixture'}) looks at later tokens, which do not exist yet while a "
+                "text is generated; use a causal method, or one with a causal rule for evaluation"
+            )
+        if isinstance(layer, MoE) and sequences > 1 and not layer.batch_independent:
+            raise ValueError(
+                f"{name} ({layer.method or 'a mixture'}) routes {sequences} sequences together, so that they would "
+                "change one another's text; generate them one by one"
+            )
+
+
 def _check(model: DecoderLM, prompt: Tensor, max_new_tokens: int) -> None:
+    check_generation(model)
     if not len(prompt):
         raise ValueError("the prompt is empty; pass at least one token")
     if max_new_tokens < 0:
