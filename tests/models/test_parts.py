@@ -108,3 +108,14 @@ def test_grouped_query_attention_is_its_formula():
         scores = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
         heads.append(F.softmax(scores, dim=-1) @ value[0, :, head // 2])
     assert_close(attention(x, rotary)[0], attention.output(torch.cat(heads, dim=-1)))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "stored"), [(4, 4, 7), (4, 2, 1), (8, 2, 70)])
+def test_one_new_position_attends_like_the_last_of_many(heads, kv_heads, stored):
+    query = torch.randn(2, 1, heads, 16).bfloat16()
+    key, value = torch.randn(2, 2, stored, kv_heads, 16).bfloat16().unbind(0)
+    got = attend(query, key, value, None)
+    q = query.double().view(2, kv_heads, heads // kv_heads, 16)
+    shares = torch.einsum("bhgd,bshd->bhgs", q, key.double()).div(4).softmax(-1)
+    expected = torch.einsum("bhgs,bshd->bhgd", shares, value.double())
+    assert_close(got.double().view_as(expected), expected, rtol=2e-2, atol=2e-2)

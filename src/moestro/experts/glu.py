@@ -7,9 +7,11 @@ from torch import Tensor, nn
 
 from moestro.experts.activations import GATED, is_gated
 from moestro.experts.base import Experts
+from moestro.experts.few import run_few
 from moestro.experts.single import FeedForward
 from moestro.experts.stacked import StackedLinear
 from moestro.kernels.grouped import check_backend
+from moestro.routing import Routing
 
 
 class GLU(Experts):
@@ -54,6 +56,10 @@ class GLU(Experts):
     def reset_parameters(self, std: float | None = None) -> None:
         """Draw weights from normal(0, std), by default 1/sqrt(inputs); biases become zero."""
         StackedLinear.initialise(self, std)
+
+    def run(self, x: Tensor, routing: Routing) -> Tensor:
+        few = run_few(self, x, routing)
+        return super().run(x, routing) if few is None else few
 
     def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
         apply = StackedLinear(offsets, self.kernel)

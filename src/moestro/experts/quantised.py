@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from moestro.experts.activations import GATED, PLAIN, is_gated
 from moestro.experts.base import Experts
+from moestro.experts.few import combine_few
 from moestro.experts.glu import GLU
 from moestro.experts.mlp import MLP
-from moestro.experts.quantised_stack import QuantisedStack, TensorError
+from moestro.experts.quantised_stack import QuantisedStack, TensorError, groups_of
 from moestro.routing import Routing, SparseRouting
 
 
@@ -87,9 +88,9 @@ class QuantisedExperts(Experts):
         self.register_buffer("down_bias", torch.zeros(num_experts, width) if bias else None)
 
     def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
-        bounds = offsets.tolist()
-        hidden = _add(self.up(rows, bounds), self.up_bias, offsets)
-        return _add(self.down(self._activate(hidden), bounds), self.down_bias, offsets)
+        groups = groups_of(offsets.tolist())
+        hidden = _add(self.up(rows, groups), self.up_bias, offsets)
+        return _add(self.down(self._activate(hidden), groups), self.down_bias, offsets)
 
     def run(self, x: Tensor, routing: Routing) -> Tensor:
         """`y = C F(D x)`; for one token neither gather nor inverse permutation, only the weighted sum."""
@@ -99,8 +100,7 @@ class QuantisedExperts(Experts):
             or (torch.is_grad_enabled() and x.requires_grad)
         ):
             return super().run(x, routing)
-        rows = self(x.expand(len(routing.weight), -1), routing.offsets)
-        return routing.weight.to(rows.dtype).unsqueeze(0) @ rows
+        return combine_few(routing, self(x.expand(len(routing.weight), -1), routing.offsets))
 
     def merged(self, mixture: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
         """Codes have no mixtures: always ValueError."""
@@ -139,7 +139,7 @@ class QuantisedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
-        y = self.matrix(rows, [0, len(rows)]).view(*x.shape[:-1], self.out_features)
+        y = self.matrix(rows, [(0, 0, len(rows))] if len(rows) else []).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 

@@ -25,7 +25,14 @@ from moestro.kernels.packed import (
 )
 from moestro.kernels.rounded import round_up
 
+Group = tuple[int, int, int]  # expert, first row, row after the last
+
 _BLOCK = 64  # outputs are padded to a multiple of it, and inputs: torch reads past the end of other sizes
+
+
+def groups_of(bounds: list[int]) -> list[Group]:
+    """The experts that have rows, and which; rows of expert e are `bounds[e]:bounds[e + 1]`."""
+    return [(expert, start, stop) for expert, (start, stop) in enumerate(pairwise(bounds)) if start < stop]
 
 
 @dataclass(frozen=True)
@@ -102,46 +109,41 @@ class QuantisedStack(nn.Module):
                 size[name].append(whole.square().sum())
         return [self._error(name, torch.stack(wrong[name]), torch.stack(size[name])) for name in parts]
 
-    def forward(self, rows: Tensor, bounds: list[int]) -> Tensor:
+    def forward(self, rows: Tensor, groups: list[Group]) -> Tensor:
         """Multiply each group of rows by the matrix of its expert.
 
-        Shapes: rows `[rows, in]`, bounds: rows of expert e are `bounds[e]:bounds[e + 1]` -> `[rows, out]`.
+        Shapes: rows `[rows, in]`, groups (expert, start, stop) in order, those without rows left out ->
+        `[rows, out]`.
         """
+        if not groups:
+            return rows[:, :1].expand(-1, self.outputs)
         if rows.device.type != "cpu" or (torch.is_grad_enabled() and rows.requires_grad):
-            return self._dequantised(rows, bounds)
-        x = pad_inputs(rows.bfloat16(), self.padded)
-        few, many = self._few, self._many(x, bounds)
-        pieces = [
-            (few if stop - start <= matrix.few_rows else many)(x, start, stop, matrix)
-            for matrix, (start, stop) in zip(self._all(), pairwise(bounds), strict=True)
-            if start < stop
-        ]
-        if not pieces:
-            return rows.new_zeros(0, self.outputs)
+            return self._dequantised(rows, groups)
+        x, matrices = pad_inputs(rows.bfloat16(), self.padded), self._all()
+        fullest = max(stop - start for _, start, stop in groups)
+        if fullest <= matrices[0].few_rows:
+            pieces = [matrices[expert].few(x[start:stop]) for expert, start, stop in groups]
+        else:
+            pieces = self._many(x, groups, matrices)
         y = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-        return y[:, : self.outputs].to(rows.dtype)
+        return (y if y.shape[1] == self.outputs else y[:, : self.outputs]).to(rows.dtype)
 
     @staticmethod
-    def _few(rows: Tensor, start: int, stop: int, matrix: PackedMatrix) -> Tensor:
-        return matrix.few(rows[start:stop])
-
-    def _many(self, rows: Tensor, bounds: list[int]) -> Callable[[Tensor, int, int, PackedMatrix], Tensor]:
-        """The integer product over all rows' codes, made once and only if some expert has many rows."""
-        few_rows = self._all()[0].few_rows
-        if all(stop - start <= few_rows for start, stop in pairwise(bounds)):
-            return self._few
+    def _many(rows: Tensor, groups: list[Group], matrices: list[PackedMatrix]) -> list[Tensor]:
+        """Products in integers where an expert has many rows; the rows' codes are made once for all."""
         codes, scale = quantise_rows(rows)
-
-        def many(rows: Tensor, start: int, stop: int, matrix: PackedMatrix) -> Tensor:
+        pieces = []
+        for expert, start, stop in groups:
+            if stop - start <= matrices[expert].few_rows:
+                pieces.append(matrices[expert].few(rows[start:stop]))
+                continue
             end = min(start + round_up(stop - start), len(rows))  # few shapes: oneDNN compiles a kernel for each
-            return integer_product(codes[start:end], scale[start:end], matrix)[: stop - start]
+            piece = integer_product(codes[start:end], scale[start:end], matrices[expert])
+            pieces.append(piece[: stop - start])
+        return pieces
 
-        return many
-
-    def _dequantised(self, rows: Tensor, bounds: list[int]) -> Tensor:
-        groups = rows.split([stop - start for start, stop in pairwise(bounds)])
-        weights = (self.matrix(expert).to(rows.dtype) for expert in range(self.num))
-        return torch.cat([group @ weight for group, weight in zip(groups, weights, strict=True)])
+    def _dequantised(self, rows: Tensor, groups: list[Group]) -> Tensor:
+        return torch.cat([rows[start:stop] @ self.matrix(expert).to(rows.dtype) for expert, start, stop in groups])
 
     def matrix(self, expert: int) -> Tensor:
         """The weights that an expert's codes stand for, `[in, out]` float32."""

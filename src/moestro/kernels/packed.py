@@ -39,9 +39,13 @@ class Int8Matrix:
         """bfloat16 rows `[rows, in]` -> `[rows, out]`."""
         return torch._weight_int8pack_mm(rows, self.code, self.scale)
 
-    def integers(self) -> tuple[Tensor, Tensor]:
-        """`[in, out]` int8 and the scale of each output."""
-        return self.code.t(), self.scale
+    def sums(self, rows: Tensor) -> Tensor:
+        """int8 rows `[rows, in]` times the codes -> `[rows, out]` int32; one is worth `unit` of its output."""
+        return torch._int_mm(rows, self.code.t())
+
+    @property
+    def unit(self) -> Tensor:
+        return self.scale.float()
 
     def dequantise(self) -> Tensor:
         """The weights that the codes stand for, `[out, in]` float32."""
@@ -73,11 +77,20 @@ class Int4Matrix:
         """bfloat16 rows `[rows, in]` -> `[rows, out]`."""
         return torch._weight_int4pack_mm_for_cpu(rows, self.code, self.group, self.scale)
 
-    def integers(self) -> tuple[Tensor, Tensor]:
-        """`[in, out]` int8 and the scale of each output."""
+    def sums(self, rows: Tensor) -> Tensor:
+        """int8 rows `[rows, in]` times `(code - 8) * multiple` -> `[rows, out]` int32; see `Int8Matrix.sums`."""
+        half = packed_block() // 2
         multiple = self.scale[..., 0].float().div_(self.row_scale).round_().to(torch.int8)  # [groups, out]
-        codes = unpack_codes(self.code).view(len(multiple), self.group, -1)
-        return codes.mul_(multiple.unsqueeze(1)).view(-1, len(self.row_scale)), self.row_scale
+        parts = multiple.unflatten(1, (-1, 2, half)).unbind(2)  # [groups, blocks, half] of each half of a block
+        sums = []
+        for codes, part in zip(_halves(self.code), parts, strict=True):
+            codes = codes.unflatten(0, (-1, self.group)).mul_(part.unsqueeze(1))  # [groups, group, blocks, half]
+            sums.append(torch._int_mm(rows, codes.flatten(2).flatten(0, 1)).unflatten(1, (-1, half)))
+        return torch.stack(sums, dim=2).flatten(1)
+
+    @property
+    def unit(self) -> Tensor:
+        return self.row_scale
 
     def dequantise(self) -> Tensor:
         """The weights that the codes stand for, `[out, in]` float32."""
@@ -90,9 +103,7 @@ PackedMatrix = Int8Matrix | Int4Matrix
 
 def integer_product(codes: Tensor, row_scale: Tensor, matrix: PackedMatrix) -> Tensor:
     """Rows that `quantise_rows` made, times the matrix -> `[rows, out]` bfloat16."""
-    weight, scale = matrix.integers()
-    sums = torch._int_mm(codes, weight)
-    return (sums * scale.float()).mul_(row_scale).bfloat16()
+    return (matrix.sums(codes) * matrix.unit).mul_(row_scale).bfloat16()
 
 
 def quantise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,13 +148,15 @@ def pack_codes(code: Tensor) -> Tensor:
 
 def unpack_codes(packed: Tensor) -> Tensor:
     """The codes less 8, `[in, out]` int8, from this processor's packed format."""
+    return torch.stack(_halves(packed), dim=2).flatten(1)
+
+
+def _halves(packed: Tensor) -> list[Tensor]:
+    """The codes less 8 of the first and of the second half of every block, `[in, blocks, block / 2]` int8 each."""
     out, half = packed.shape
     width = packed_block()
-    blocks = (
-        packed.view(out // width, half * 2, width // 2).permute(1, 0, 2).contiguous()
-    )  # [in, blocks, width / 2]
-    codes = torch.stack([blocks & 15, blocks >> 4], dim=2)  # several passes: torch is slow on runs of 32 bytes
-    return codes.view(torch.int8).view(half * 2, out).sub_(8)
+    blocks = packed.view(out // width, half * 2, width // 2).permute(1, 0, 2).contiguous()
+    return [part.view(torch.int8).sub_(8) for part in (blocks & 15, blocks >> 4)]
 
 
 @cache

@@ -17,6 +17,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
     """
     if mask is None and _short_on_cpu(query, key):
         return _by_matmul(query, key, value)
+    if query.shape[1] == 1 and mask is None and query.device.type == "cpu" and query.dtype == torch.bfloat16:
+        return _one_query(query, key, value)
     y = F.scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -36,6 +38,21 @@ def _short_on_cpu(query: Tensor, key: Tensor) -> bool:
     """
     length = query.shape[1]
     return query.device.type == "cpu" and query.dtype == torch.bfloat16 and length == key.shape[1] <= SHORT
+
+
+def _one_query(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """One new position against the stored ones, by elementwise products: bound by the bytes of the cache.
+
+    Measured on 2 cores, bfloat16, 16 heads of 64 and 540 positions: 0.2 ms against 0.9 ms of the fused kernel;
+    matrix products take longer still, since oneDNN compiles them anew for every length.
+    """
+    batch, _, num_kv_heads, head_dim = key.shape
+    query = query.view(batch, 1, num_kv_heads, -1, head_dim)
+    products = key.unsqueeze(3) * query  # [batch, stored, key-value heads, group, head_dim]
+    scores = products.sum(-1, dtype=torch.float32).flatten(2).transpose(1, 2)  # [batch, heads, stored]
+    shares = torch.softmax(scores.mul_(head_dim**-0.5).contiguous(), dim=-1).to(value.dtype)
+    shares = shares.transpose(1, 2).view(batch, -1, num_kv_heads, query.shape[3], 1)
+    return (value.unsqueeze(3) * shares).sum(1).view(batch, 1, -1)
 
 
 def _by_matmul(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

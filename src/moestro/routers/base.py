@@ -50,8 +50,11 @@ class Router(nn.Module, ABC):
         context.check(len(x))
         if context.valid is not None:
             x = x.masked_fill(~context.valid.unsqueeze(1), 0)  # padding may hold anything, also NaN
+        x = x if x.dtype == torch.float64 else x.float()
+        if not torch.is_autocast_enabled(x.device.type):  # leaving it costs as much as a small product
+            return self.decide(x, context)
         with torch.autocast(x.device.type, enabled=False):
-            return self.decide(x if x.dtype == torch.float64 else x.float(), context)
+            return self.decide(x, context)
 
     @abstractmethod
     def decide(self, x: Tensor, context: Context) -> Decision:
