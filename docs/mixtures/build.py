@@ -38,7 +38,7 @@ def rebuild(page: str, name: str, keep: Callable[[str], None]) -> str:
             return f"<!--={expression}-->{eval(expression, scope)}<!--/-->"
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
-            exec(compile(code, f"{name}.md", "exec"), scope)
+            exec(compile(code, f"<{name}.md>", "exec"), scope)
         for number in plt.get_fignums():
             drawn += 1
             picture = f"{name}-{drawn}.png"

@@ -22,6 +22,9 @@ class Energies(Scorer):
         e[c, s] = η_cs - ½ e^{α_cs} (sum_f β_cf² (b_fᵀx)² - 2 w_cᵀx),   logits[c] = logsumexp_s e[c, s]
         Theis, Hosseini & Bethge 2012, eqs. 6-8
 
+    Features and weights start at the size of whitened inputs. The authors' code starts both a hundred times
+    smaller; the gate then hardly moves at first, and fits end in worse places.
+
     Args:
         width: inputs.
         num_experts: components.
@@ -37,8 +40,8 @@ class Energies(Scorer):
         self.num_experts = num_experts
         self.offset = nn.Parameter(torch.zeros(num_experts, num_scales))
         self.log_precision = nn.Parameter(torch.randn(num_experts, num_scales) / 20)
-        self.weight = nn.Parameter(torch.rand(num_experts, num_features) / 100 + 0.01)
-        self.feature = nn.Parameter(torch.randn(num_features, width) / 100)
+        self.weight = nn.Parameter(0.5 + 0.5 * torch.rand(num_experts, num_features))
+        self.feature = nn.Parameter(torch.randn(num_features, width) * max(width, 1) ** -0.5)
         self.slope = nn.Parameter(torch.zeros(num_experts, width))
 
     def joint(self, x: Tensor) -> Tensor:
