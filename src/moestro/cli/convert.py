@@ -39,9 +39,9 @@ def convert(
     checked before anything is written and the target appears whole or not at all.
 
     Args:
-        source: a model folder of transformers, or a GGUF file.
+        source: a model folder of transformers or moestro, or a GGUF file.
         target: a folder, or with `--to gguf` a file, that does not exist yet.
-        to: transformers, fused, mergekit or gguf; also per-expert, w1w2w3, transposed, interleaved.
+        to: transformers, fused, mergekit, gguf or moestro; also per-expert, w1w2w3, transposed, interleaved.
         dtype: only with `--to gguf`: F32, F16, BF16, Q8_0, Q5_1, Q5_0, Q4_1 or Q4_0 [default: that of the model].
         max_shard_size: bytes of one file of a folder.
         json: print what was done for machines.

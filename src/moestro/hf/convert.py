@@ -15,7 +15,7 @@ from moestro.hf.layouts.writer import MAX_SHARD_SIZE
 from moestro.models.staging import write_folder
 
 FOLDERS = ("transformers", "fused", "mergekit")
-TARGETS = (*FOLDERS, "gguf", *(name for name in LAYOUTS if name not in FOLDERS))
+TARGETS = (*FOLDERS, "gguf", "moestro", *(name for name in LAYOUTS if name not in FOLDERS))
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,10 @@ def convert(
     appears whole or not at all.
 
     Args:
-        source: a model folder of transformers, or a GGUF file.
+        source: a model folder of transformers or moestro, or a GGUF file.
         target: a folder, or with to="gguf" a file, that does not exist yet.
-        to: transformers (what `save_pretrained` writes), fused (what the modules hold), mergekit, gguf, or, for
-            tools that ask for them, per-expert, w1w2w3, transposed, interleaved.
+        to: transformers (what `save_pretrained` writes), fused (what the modules hold), mergekit, gguf, moestro
+            (our own names), or, for tools that ask for them, per-expert, w1w2w3, transposed, interleaved.
         dtype: only of a GGUF file: F32, F16, BF16, Q8_0, Q5_1, Q5_0, Q4_1 or Q4_0; None = that of the model.
         max_shard_size: bytes of one file of a folder.
         progress: called with the bytes done and the bytes in all.
@@ -75,6 +75,8 @@ def convert(
     with StockFolder(source) as folder:
         if to == "gguf":
             return _to_gguf(folder, target, dtype, progress)
+        if "moestro" in (to, folder.model_type):
+            return _own_layout(folder, target, to, progress)
         return _relayout(folder, target, to, max_shard_size, progress)
 
 
@@ -94,6 +96,21 @@ def _relayout(folder: StockFolder, target: Path, to: str, max_shard_size: int, p
         plan.write(staging, max_shard_size, progress)
     opens = "transformers" if to in plan.family.opens else "moestro"
     return Converted(target, folder.model_type, plan.source, to, len(plan.tensors), plan.nbytes, opens)
+
+
+def _own_layout(folder: StockFolder, target: Path, to: str, progress: Progress) -> Converted:
+    """Into our own layout, or out of it."""
+    from moestro.hf.loading import to_own_layout, to_stock_layout
+
+    if to not in ("moestro", "transformers"):
+        raise ValueError(f"a folder in our own layout becomes one of transformers, not {to}; convert that one on")
+    rewrite = to_own_layout if to == "moestro" else to_stock_layout
+    nbytes = sum(entry.nbytes for entry in folder.tensors.values())
+    _check_space(target, nbytes)
+    with write_folder(target) as staging:
+        count = rewrite(folder, staging, progress)
+    source = "moestro" if folder.model_type == "moestro" else "transformers"
+    return Converted(target, folder.model_type, source, to, count, nbytes, to)
 
 
 def _to_gguf(folder: StockFolder, target: Path, dtype: str | None, progress: Progress) -> Converted:

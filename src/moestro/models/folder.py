@@ -58,7 +58,7 @@ def save_model(model: DecoderLM, folder: str | Path, tokenizer: SavesItself | No
     eos = None if tokenizer is None else tokenizer.eos_id
     tensors = to_theirs(choice.layout.rules(model), _cpu_state(model))
     with write_folder(Path(folder)) as staging:
-        _write_json(staging / "config.json", _config(model, choice, eos))
+        _write_json(staging / "config.json", model_config(model, choice, eos))
         _write_json(staging / "generation_config.json", {"do_sample": False} | _special_tokens(eos))
         save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})
         if tokenizer is not None:
@@ -89,7 +89,14 @@ def _cpu_state(model: DecoderLM) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
 
 
-def _config(model: DecoderLM, choice: Choice, eos: int | None) -> dict[str, Any]:
+def model_config(model: DecoderLM, choice: Choice, eos: int | None = None) -> dict[str, Any]:
+    """config.json of a model in a layout.
+
+    Args:
+        model: may live on the meta device.
+        choice: the layout and why it was chosen.
+        eos: the token that ends a document.
+    """
     layout = choice.layout
     ours = {"format": FORMAT, "layout": layout.name, "reason": choice.reason, "arguments": model.config}
     dtype = str(model.embedding.weight.dtype).removeprefix("torch.")

@@ -1,0 +1,219 @@
+"""Stock folders in our layers and back, and models of our own in transformers' Auto classes."""
+
+import json
+
+import pytest
+import torch
+from hf.tiny import tiny_model
+from oracles.tiny_models import tiny_model as tiny_own_model
+from oracles.tiny_models import tokens_for, train_a_little
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+import moestro.hf
+from moestro.hf.convert import convert
+from moestro.hf.loading import load, save_pretrained
+from moestro.models import load_model, save_model
+
+transformers = pytest.importorskip("transformers")
+
+LATENT = {"q_lora_rank": None, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4}
+STOCK = {
+    "mixtral": {},
+    "mixtral, narrow heads, tied": {"head_dim": 4, "tie_word_embeddings": True},
+    "qwen3_moe": {},
+    "qwen3_moe, raw weights, dense first": {"norm_topk_prob": False, "mlp_only_layers": [0]},
+    "qwen3_moe, every second": {"decoder_sparse_step": 2},
+    "olmoe": {},
+    "olmoe, normalised": {"norm_topk_prob": True},
+    "deepseek_v3": {},
+    "deepseek_v3, no query latent": {**LATENT, "n_shared_experts": 2, "n_group": 1, "topk_group": 1},
+}
+
+
+def save_stock(name, folder, **more):
+    model = tiny_model(name.split(",")[0], **STOCK.get(name, {}), **more)
+    model.save_pretrained(folder, max_shard_size=20_000)
+    return model
+
+
+def tensors_of(folder):
+    return {name: t for path in folder.glob("*.safetensors") for name, t in load_file(path).items()}
+
+
+def assert_same_tensors(first, second):
+    ours, theirs = tensors_of(first), tensors_of(second)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_stock_models_compute_the_same_in_our_layers_and_go_back(name, tmp_path):
+    theirs = save_stock(name, tmp_path / "stock")
+    ours = load(tmp_path / "stock")
+    tokens = torch.randint(64, (2, 17), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        assert_close(ours(tokens), expected, atol=2e-5, rtol=1e-5)
+    saved = save_pretrained(ours, tmp_path / "back", like=tmp_path / "stock")
+    assert saved.stock
+    assert_same_tensors(tmp_path / "stock", tmp_path / "back")
+    before, after = (json.loads((tmp_path / n / "config.json").read_text()) for n in ("stock", "back"))
+    assert before["model_type"] == after["model_type"]
+    assert before["eos_token_id"] == after["eos_token_id"]
+    again = type(theirs).from_pretrained(tmp_path / "back", experts_implementation="eager")
+    fresh = type(theirs).from_pretrained(tmp_path / "stock", experts_implementation="eager")
+    for model in (again, fresh):
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+    with torch.no_grad():
+        assert torch.equal(again(tokens).logits, fresh(tokens).logits)
+
+
+@pytest.mark.parametrize("layout", ["fused", "mergekit", "interleaved"])
+def test_any_layout_is_loaded(layout, tmp_path):
+    save_stock("mixtral", tmp_path / "stock")
+    convert(tmp_path / "stock", tmp_path / layout, layout)
+    expected, found = load(tmp_path / "stock").state_dict(), load(tmp_path / layout).state_dict()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe, every second", "olmoe", "deepseek_v3"])
+def test_our_own_layout_and_back_without_the_model_in_memory(name, tmp_path):
+    save_stock(name, tmp_path / "stock")
+    done = convert(tmp_path / "stock", tmp_path / "ours", "moestro")
+    assert (done.layout, done.opens) == ("moestro", "moestro")
+    tokens = torch.randint(64, (1, 9))
+    expected = load(tmp_path / "stock")
+    assert torch.equal(load_model(tmp_path / "ours")(tokens), expected(tokens))
+    assert torch.equal(load(tmp_path / "ours")(tokens), expected(tokens))
+    convert(tmp_path / "ours", tmp_path / "back", "transformers")
+    assert_same_tensors(tmp_path / "stock", tmp_path / "back")
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+
+
+def test_a_trained_model_goes_to_gguf_and_back(tmp_path):
+    model = tiny_own_model("mixtral", vocab_size=256)
+    train_a_little(model, steps=2)
+    from moestro.data.tokenizer import ByteTokenizer
+
+    save_model(model, tmp_path / "model", ByteTokenizer())
+    convert(tmp_path / "model", tmp_path / "model.gguf", "gguf")
+    convert(tmp_path / "model.gguf", tmp_path / "back", "transformers")
+    tokens = tokens_for(model)
+    assert torch.equal(load(tmp_path / "back")(tokens), model(tokens))
+
+
+def test_bfloat16_stays(tmp_path):
+    tiny_model("olmoe").bfloat16().save_pretrained(tmp_path / "stock")
+    model = load(tmp_path / "stock")
+    assert model.embedding.weight.dtype == torch.bfloat16
+    save_pretrained(model, tmp_path / "back")
+    assert_same_tensors(tmp_path / "stock", tmp_path / "back")
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "message"),
+    [
+        ("qwen2_moe", {}, "no block like qwen2_moe's; it builds mixtral, qwen3_moe"),
+        ("qwen3_moe", {"attention_bias": True}, "attention_bias=False, but config.json says True"),
+        ("olmoe", {"clip_qkv": 3.0}, "clip_qkv=None, but config.json says 3.0"),
+        ("mixtral", {"sliding_window": 4}, "sliding_window=None, but config.json says 4"),
+        ("deepseek_v3", {"norm_topk_prob": False}, "normalises its weights"),
+        ("qwen3_moe", {"mlp_only_layers": [1], "num_hidden_layers": 3}, r"mixtures in layers \[0, 2\]"),
+        (
+            "mixtral",
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+            "asks for linear scaling",
+        ),
+    ],
+)
+def test_what_our_layers_do_not_compute_is_refused(family, settings, message, tmp_path):
+    tiny_model(family, **settings).save_pretrained(tmp_path / "stock")
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "stock")
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / "stock", tmp_path / "ours", "moestro")
+    assert [path.name for path in tmp_path.iterdir()] == ["stock"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.norm.weight"), "lacks model.norm.weight"),
+        (lambda t: t.update({"model.norm.bias": torch.zeros(24)}), "no place in our layers for model.norm.bias"),
+        (lambda t: t.update({"model.norm.weight": torch.zeros(23)}), r"norm.weight of shape \[23\]"),
+    ],
+)
+def test_tensors_must_be_those_of_the_model(change, message, tmp_path):
+    tiny_model("mixtral").save_pretrained(tmp_path / "stock")
+    tensors = load_file(tmp_path / "stock/model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "stock/model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "stock")
+
+
+METHODS = ["switch", "gpt-oss", "dense-softmax", "hash-layers", None]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_auto_classes_open_models_of_our_own(method, tmp_path):
+    model = tiny_own_model(method, activation="relu")
+    saved = save_model(model, tmp_path / "model")
+    assert not saved.stock
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert type(theirs) is moestro.hf.MoestroForCausalLM
+    tokens = tokens_for(model)
+    with torch.no_grad():
+        out = theirs(tokens, labels=tokens, attention_mask=torch.ones_like(tokens))
+    assert torch.equal(out.logits, model(tokens))
+    loss = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    assert torch.equal(out.loss, loss)
+    theirs.save_pretrained(tmp_path / "again")
+    assert_same_tensors(tmp_path / "model", tmp_path / "again")
+
+
+def test_auto_models_generate_what_we_generate(tmp_path):
+    from moestro.inference import generate
+
+    model = tiny_own_model("switch", activation="relu")
+    save_model(model, tmp_path / "model")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", dtype="float32", device_map="cpu"
+    )
+    tokens = tokens_for(model)[:1, :8]
+    expected = list(generate(model, tokens[0], 12))
+    assert theirs.generate(tokens, max_new_tokens=12, do_sample=False)[0, 8:].tolist() == expected
+
+
+def test_padding_changes_nothing(tmp_path):
+    model = tiny_own_model("switch", activation="relu")
+    save_model(model, tmp_path / "model")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    tokens = tokens_for(model)
+    padded = torch.cat([tokens, torch.zeros_like(tokens[:, :3])], 1)
+    mask = torch.cat([torch.ones_like(tokens), torch.zeros_like(tokens[:, :3])], 1)
+    with torch.no_grad():
+        out = theirs(padded, attention_mask=mask).logits
+        assert_close(out[:, : tokens.shape[1]], theirs(tokens).logits, atol=1e-5, rtol=0)
+
+
+def test_auto_models_refuse_what_they_do_not_take(tmp_path):
+    save_model(tiny_own_model("switch", activation="relu"), tmp_path / "model")
+    auto = transformers.AutoModelForCausalLM
+    with pytest.raises(ValueError, match="does not take quantization_config; it takes dtype and device_map"):
+        auto.from_pretrained(tmp_path / "model", quantization_config={"a": 1})
+    with pytest.raises(ValueError, match='has no "arguments"'):
+        auto.from_config(moestro.hf.MoestroConfig())
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "model")
+    assert config.num_hidden_layers == 3
+    assert isinstance(auto.from_config(config), moestro.hf.MoestroForCausalLM)
+
+
+def test_no_architecture_is_said_with_its_reasons(tmp_path):
+    save_model(tiny_own_model("switch", activation="relu"), tmp_path / "model")
+    with pytest.raises(ValueError, match="no architecture of transformers computes this model: not Mixtral"):
+        convert(tmp_path / "model", tmp_path / "stock", "transformers")
+    with pytest.raises(ValueError, match="becomes one of transformers, not fused"):
+        convert(tmp_path / "model", tmp_path / "stock", "fused")
