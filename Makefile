@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 WORKERS ?= 2
 
-.PHONY: run test check bench nightly clean
+.PHONY: run test check bench nightly study clean
 
 run: $(VENV)/run.stamp  ## train the default recipe and its dense twin on real text, and write a report
 	$(BIN)/moestro train recipes/first.yaml --out runs/first --overwrite
@@ -22,8 +22,11 @@ check: $(VENV)/dev.stamp  ## style and types
 bench: $(VENV)/dev.stamp  ## speed, as ratios in one run
 	$(BIN)/python benchmarks/all.py
 
-nightly: $(VENV)/dev.stamp  ## the tests that take minutes
+nightly: $(VENV)/dev.stamp study  ## the tests that take minutes, and the study
 	$(BIN)/python -m pytest -m nightly --timeout 3600
+
+study: $(VENV)/run.stamp  ## every causal method with three seeds at equal active parameters: about an hour; goes on if stopped
+	$(BIN)/moestro study recipes/study.yaml --workers $(WORKERS) --out runs/study
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -129,3 +129,13 @@ def test_tally_keeps_no_graph():
     assert tally.load is not None
     assert not tally.load.requires_grad
     assert_close(tally.load.sum(), torch.tensor(4.0, dtype=torch.float64))
+
+
+def test_choices_that_the_rule_did_not_make_are_neither_load_nor_dropped():
+    made = torch.tensor([[True, True], [True, False], [True, False], [True, True]])
+    decision = decide(PROBS, k=2, keep=[[True, False], [True, False], [True, False], [True, True]])
+    decision = Decision(decision.routing, probs=decision.probs, notes={**decision.notes, "wanted": made})
+    statistics = layer_statistics(decision)
+    assert statistics["load"] == pytest.approx([2 / 6, 3 / 6, 1 / 6], rel=1e-5)  # choices 0 1, 1, 0, 2 1
+    assert statistics["dropped"] == pytest.approx(1 / 6, rel=1e-5)
+    assert statistics["experts_per_token"] == pytest.approx(6 / 4)

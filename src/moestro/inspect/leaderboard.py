@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moestro.inspect.study_words import difference, interval, ranks, remarks
+from moestro.inspect.study_words import alike, difference, interval, remarks
 
 _HEADER = """\
 # Leaderboard
@@ -96,7 +96,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         row["label"] if row["method"] else f"**{row['label']}**",
         interval(row["bits_per_byte"]),
         difference(row),
-        ranks(row["within_noise"]) or "-",
+        alike(row),
         _number(row["speed"] and row["speed"]["relative"], ".2f"),
         _number(row["load_cv"], ".2f"),
         _number(row["dropped"], ".1%"),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moestro.inspect import pictures, study_pictures
-from moestro.inspect.study_words import difference, interval, ranks, remarks
+from moestro.inspect.study_words import alike, difference, interval, remarks
 
 _TEMPLATE = Path(__file__).parent / "template"
 
@@ -44,7 +44,7 @@ def render_study(study: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {"interval": interval, "difference": difference, "ranks": ranks, "remarks": remarks}
+    environment.globals |= {"interval": interval, "difference": difference, "alike": alike, "remarks": remarks}
     ranked = [row for row in study["rows"] if row["rank"]]
     return environment.get_template("study.html.j2").render(
         style=Markup((_TEMPLATE / "report.css").read_text(encoding="utf-8")),

@@ -29,6 +29,12 @@ def remarks(row: Mapping[str, Any]) -> str:
     return "; ".join(word for word in words if word)
 
 
+def alike(row: Mapping[str, Any]) -> str:
+    """The ranks within noise: `2-5, 9`, `-` for none, `?` where one seed cannot tell."""
+    seeds = row["bits_per_byte"]["seeds"] if row["bits_per_byte"] else 0
+    return "?" if seeds == 1 else ranks(row["within_noise"]) or "-"
+
+
 def ranks(numbers: Iterable[int]) -> str:
     """`2-5, 9` for 2, 3, 4, 5, 9."""
     runs: list[list[int]] = []

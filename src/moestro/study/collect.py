@@ -167,7 +167,7 @@ def _alike(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[in
     """Ranks of the other rows from which this one cannot be told apart."""
     others = [other for other in rows if other["rank"] and other is not row]
     differences = ((other["rank"], _difference(_values(row), _values(other))) for other in others)
-    return [rank for rank, difference in differences if difference and difference["within_noise"] is not False]
+    return [rank for rank, difference in differences if difference and difference["within_noise"]]
 
 
 def _interval(values: Sequence[float]) -> dict[str, Any]:
