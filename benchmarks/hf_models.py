@@ -41,10 +41,17 @@ def main() -> None:
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, arguments.dtype)).train()
     batch = torch.randint(1, 1024, (arguments.tokens // 512, 512))
     names = arguments.implementations.split(",")
-    seconds = interleaved({name: partial(step, model, batch, name) for name in names}, report.repeat, arguments.warm_up)
+    seconds = interleaved(
+        {name: partial(step, model, batch, name) for name in names}, report.repeat, arguments.warm_up
+    )
     for name in names:
         ratio = seconds[name] / seconds[names[0]]
-        report.add(experts=name, seconds=seconds[name], times_ours=ratio, tokens_per_second=arguments.tokens / seconds[name])
+        report.add(
+            experts=name,
+            seconds=seconds[name],
+            times_ours=ratio,
+            tokens_per_second=arguments.tokens / seconds[name],
+        )
     report.finish()
 
 
