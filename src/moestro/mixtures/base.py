@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Self
 
 import numpy as np
@@ -12,7 +12,6 @@ from sklearn.base import (
     BaseEstimator,
     ClassNamePrefixFeaturesOutMixin,
     TransformerMixin,
-    clone,
     is_classifier,
 )
 from sklearn.utils import Tags, check_random_state
@@ -20,7 +19,8 @@ from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from moestro.mixtures import errors
-from moestro.mixtures.experts import EstimatorClassExpert, EstimatorExpert, Expert
+from moestro.mixtures.choices import part, wrapped
+from moestro.mixtures.experts import Expert
 from moestro.mixtures.fitting import em, gradient
 from moestro.mixtures.fitting.start import STARTS
 from moestro.mixtures.gates import GATES, Gate, SoftmaxGate
@@ -37,24 +37,6 @@ def _generative(estimator: Any) -> bool:
 
 def _fits_any_target(estimator: Any) -> bool:
     return estimator._chosen_expert().target != "positive"
-
-
-def part(choice: Any, table: Mapping[str, Callable[[], Any]], word: str) -> Any:
-    """A gate or expert by name, or a copy of the given object."""
-    if isinstance(choice, str):
-        if choice not in table:
-            raise ValueError(f"{word}={choice!r} is unknown; pass one of {', '.join(sorted(table))} or an object")
-        return table[choice]()
-    if not isinstance(choice, Gate | Expert):
-        raise ValueError(f"{word}={choice!r} is no {word}; pass one of {', '.join(sorted(table))} or an object")
-    return clone(choice)
-
-
-def wrapped(expert: Any) -> Any:
-    """An estimator of scikit-learn as an expert; anything else as it is."""
-    if isinstance(expert, BaseEstimator) and not isinstance(expert, Gate | Expert) and hasattr(expert, "predict"):
-        return EstimatorClassExpert(expert) if is_classifier(expert) else EstimatorExpert(expert)
-    return expert
 
 
 class MixtureOfExperts(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):

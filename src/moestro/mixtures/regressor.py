@@ -9,7 +9,8 @@ from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.utils import Tags, check_random_state
 from sklearn.utils.validation import check_array, column_or_1d, validate_data
 
-from moestro.mixtures.base import MixtureOfExperts, part, wrapped
+from moestro.mixtures.base import MixtureOfExperts
+from moestro.mixtures.choices import part, wrapped
 from moestro.mixtures.experts import REGRESSION_EXPERTS, ConstantExpert, Expert
 from moestro.mixtures.gates import ConstantGate
 from moestro.mixtures.numerics import Array

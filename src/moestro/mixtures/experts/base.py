@@ -71,17 +71,21 @@ class Expert(BaseEstimator, ABC):
     def attributes(self, params: Params, scaling: Scaling) -> dict[str, Any]:
         """Fitted attributes in the user's units, by name."""
 
-    @abstractmethod
     def free(self, params: Params) -> Array:
         """The parameters as unconstrained numbers."""
+        raise self._no_numbers()
 
-    @abstractmethod
     def restore(self, numbers: Array, like: Params) -> Params:
         """Inverse of `free`."""
+        raise self._no_numbers()
 
-    @abstractmethod
     def gradient(self, rows: Rows, mass: Array, params: Params) -> Array:
         """Gradient of `sum_t sum_i mass_ti log f_i - penalty` in the free numbers."""
+        raise self._no_numbers()
+
+    def _no_numbers(self) -> ValueError:
+        assert not self.parametric
+        return ValueError(f"{self!r} has no finite set of free numbers; pass another expert or method='bootstrap'")
 
     def permute(self, params: Params, order: Array) -> Params:
         """The same experts renumbered: new expert j is old expert `order[j]`."""

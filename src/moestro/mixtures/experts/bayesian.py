@@ -94,15 +94,6 @@ class BayesianExpert(Expert):
             "expert_precision_": params["precision"].copy(),
         }
 
-    def free(self, params: Params) -> Array:
-        raise ValueError("A posterior is no set of free numbers; pass another expert")
-
-    def restore(self, numbers: Array, like: Params) -> Params:
-        raise ValueError("A posterior is no set of free numbers; pass another expert")
-
-    def gradient(self, rows: Rows, mass: Array, params: Params) -> Array:
-        raise ValueError("A posterior is no set of free numbers; pass another expert")
-
 
 Block = tuple[Array, Array, float, float]  # zᵀ diag(mass) z, zᵀ diag(mass) y, yᵀ diag(mass) y, mass
 

@@ -83,15 +83,6 @@ class _Wrapped(Expert):
         known = [size for size in sizes if size is not None]
         return sum(known) + (len(known) if self.target == "real" else 0) if len(known) == len(sizes) else None
 
-    def free(self, params: Params) -> Array:
-        raise ValueError(f"{self!r} has no finite set of numbers; pass another expert")
-
-    def restore(self, numbers: Array, like: Params) -> Params:
-        raise ValueError(f"{self!r} has no finite set of numbers; pass another expert")
-
-    def gradient(self, rows: Rows, mass: Array, params: Params) -> Array:
-        raise ValueError(f"{self!r} has no finite set of numbers; pass another expert")
-
 
 class EstimatorExpert(_Wrapped):
     """Any regressor with `sample_weight` as the mean of normal experts: `f_i(y|x) = N(y; m_i(x), σ_i²)`.

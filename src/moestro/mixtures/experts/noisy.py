@@ -98,15 +98,6 @@ class NoisyExpert(Expert):
         box = np.stack([params["low"], params["high"]]) * scaling.y_scale + scaling.y_center
         return {**found, "noise_range_": box}
 
-    def free(self, params: Params) -> Array:
-        raise ValueError("A uniform density has no free numbers; pass another expert or method='bootstrap'")
-
-    def restore(self, numbers: Array, like: Params) -> Params:
-        raise ValueError("A uniform density has no free numbers; pass another expert or method='bootstrap'")
-
-    def gradient(self, rows: Rows, mass: Array, params: Params) -> Array:
-        raise ValueError("A uniform density has no free numbers; pass another expert or method='bootstrap'")
-
     def permute(self, params: Params, order: Array) -> Params:
         num = len(order) - 1
         if order[-1] != num:

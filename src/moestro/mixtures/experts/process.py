@@ -156,15 +156,6 @@ class GaussianProcessExpert(Expert):
             "expert_noise_": params["noise"] * scaling.y_scale**2,
         }
 
-    def free(self, params: Params) -> Array:
-        raise ValueError("A Gaussian process has no finite set of numbers; pass another expert")
-
-    def restore(self, numbers: Array, like: Params) -> Params:
-        raise ValueError("A Gaussian process has no finite set of numbers; pass another expert")
-
-    def gradient(self, rows: Rows, mass: Array, params: Params) -> Array:
-        raise ValueError("A Gaussian process has no finite set of numbers; pass another expert")
-
 
 Block = tuple[Array, Array, Array]  # inputs, targets, mass of the rows
 

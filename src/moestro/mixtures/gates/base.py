@@ -72,17 +72,21 @@ class Gate(BaseEstimator, ABC):
     def attributes(self, params: Params, scaling: Scaling) -> dict[str, Any]:
         """Fitted attributes in the user's units, by name."""
 
-    @abstractmethod
     def free(self, params: Params) -> Array:
         """The parameters as unconstrained numbers."""
+        raise self._no_numbers()
 
-    @abstractmethod
     def restore(self, numbers: Array, like: Params) -> Params:
         """Inverse of `free`."""
+        raise self._no_numbers()
 
-    @abstractmethod
     def gradient(self, rows: Rows, share: Array, params: Params) -> Array:
         """Gradient of `sum_t w_t sum_i share_ti log_weight_ti - penalty` in the free numbers."""
+        raise self._no_numbers()
+
+    def _no_numbers(self) -> ValueError:
+        assert not self.parametric
+        return ValueError(f"{self!r} has no finite set of free numbers; pass another gate or method='bootstrap'")
 
     @abstractmethod
     def permute(self, params: Params, order: Array) -> Params:

@@ -102,14 +102,5 @@ class KernelGate(Gate):
     def attributes(self, params: Params, scaling: Scaling) -> dict[str, Any]:
         return {"gate_bandwidth_": params["radius"] * scaling.x_scale}
 
-    def free(self, params: Params) -> Array:
-        raise ValueError("A kernel gate has no finite set of numbers; pass another gate")
-
-    def restore(self, numbers: Array, like: Params) -> Params:
-        raise ValueError("A kernel gate has no finite set of numbers; pass another gate")
-
-    def gradient(self, rows: Rows, share: Array, params: Params) -> Array:
-        raise ValueError("A kernel gate has no finite set of numbers; pass another gate")
-
     def permute(self, params: Params, order: Array) -> Params:
         return {**params, "share": params["share"][:, order]}
