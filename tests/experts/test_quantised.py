@@ -161,6 +161,10 @@ def test_casting_and_reloading_keep_the_codes(bits):
         fresh(x, offsets)  # views of its first codes must not outlive them
         fresh.load_state_dict(experts.state_dict())
         assert_close(fresh(x, offsets), before, rtol=0, atol=0)
+        other = QuantisedExperts(4, 64, 64, bits=bits)
+        other(x, offsets)
+        other.load_state_dict(experts.state_dict(), assign=True)
+        assert_close(other(x, offsets), before, rtol=0, atol=0)
 
 
 def test_a_row_of_zeros_and_weights_of_zeros_stay_zero():

@@ -13,10 +13,19 @@ from moestro.models.norm import RMSNorm
 from moestro.models.rotary import Rotary, rotate_halves, rotate_pairs
 
 
+def _rms(x, eps):
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
 def test_rms_norm_is_its_formula():
     x, norm = torch.randn(3, 5, dtype=torch.float64), RMSNorm(5, eps=0.1).double()
     norm.weight.data = torch.randn(5, dtype=torch.float64)
-    assert_close(norm(x), x / (x.square().mean(-1, keepdim=True) + 0.1).sqrt() * norm.weight)
+    expected = _rms(x, 0.1) * norm.weight
+    assert_close(norm(x), expected)
+    with torch.no_grad():  # few rows without gradients have a way of their own
+        assert_close(norm(x), expected)
+        norm.bfloat16()
+        assert_close(norm((x + 3).bfloat16()).double(), _rms(x + 3, 0.1) * norm.weight, rtol=2e-2, atol=2e-2)
 
 
 def test_rms_norm_keeps_the_dtype_of_its_input():
@@ -115,6 +124,11 @@ def test_one_new_position_attends_like_the_last_of_many(heads, kv_heads, stored)
     query = torch.randn(2, 1, heads, 16).bfloat16()
     key, value = torch.randn(2, 2, stored, kv_heads, 16).bfloat16().unbind(0)
     got = attend(query, key, value, None)
+    with torch.no_grad():  # one sequence has a way of its own
+        alone = torch.cat(
+            [attend(*part, None) for part in zip(query.split(1), key.split(1), value.split(1), strict=True)]
+        )
+    assert_close(alone, got, rtol=2e-2, atol=2e-2)
     q = query.double().view(2, kv_heads, heads // kv_heads, 16)
     shares = torch.einsum("bhgd,bshd->bhgs", q, key.double()).div(4).softmax(-1)
     expected = torch.einsum("bhgs,bshd->bhgd", shares, value.double())

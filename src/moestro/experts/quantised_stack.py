@@ -122,7 +122,8 @@ class QuantisedStack(nn.Module):
         x, matrices = pad_inputs(rows.bfloat16(), self.padded), self._all()
         fullest = max(stop - start for _, start, stop in groups)
         if fullest <= matrices[0].few_rows:
-            pieces = [matrices[expert].few(x[start:stop]) for expert, start, stop in groups]
+            parts = x.split([stop - start for _, start, stop in groups])
+            pieces = [matrices[group[0]].few(part) for group, part in zip(groups, parts, strict=True)]
         else:
             pieces = self._many(x, groups, matrices)
         y = torch.cat(pieces) if len(pieces) > 1 else pieces[0]

@@ -51,8 +51,20 @@ def _one_query(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     products = key.unsqueeze(3) * query  # [batch, stored, key-value heads, group, head_dim]
     scores = products.sum(-1, dtype=torch.float32).flatten(2).transpose(1, 2)  # [batch, heads, stored]
     shares = torch.softmax(scores.mul_(head_dim**-0.5).contiguous(), dim=-1).to(value.dtype)
+    if batch == 1 and value.is_contiguous() and not torch.is_grad_enabled():
+        return _mixed(shares[0], value[0]).view(1, 1, -1)
     shares = shares.transpose(1, 2).view(batch, -1, num_kv_heads, query.shape[3], 1)
     return (value.unsqueeze(3) * shares).sum(1).view(batch, 1, -1)
+
+
+def _mixed(shares: Tensor, value: Tensor) -> Tensor:
+    """Weighted sums of stored values, read in place: shares `[heads, stored]`, value `[stored, kv_heads, dim]`."""
+    heads, stored = shares.shape
+    num_kv_heads = value.shape[1]
+    own = torch.arange(heads).div(heads // num_kv_heads, rounding_mode="floor").unsqueeze(1)
+    index = own + torch.arange(0, stored * num_kv_heads, num_kv_heads)  # [heads, stored]
+    starts = torch.arange(0, heads * stored, stored)
+    return torch.embedding_bag(value.flatten(0, 1), index.view(-1), starts, False, 0, False, shares.view(-1))[0]
 
 
 def _by_matmul(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
