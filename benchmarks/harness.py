@@ -46,16 +46,22 @@ def parse(description: str | None, *, repeat: int = 9, **options: Any) -> argpar
     return arguments
 
 
-def interleaved(steps: Mapping[str, Step], repeat: int, warm_up: int = 2) -> dict[str, float]:
-    """Median seconds of each step; every round runs each once, in turn."""
-    times = all_times(steps, repeat, warm_up)
+def interleaved(
+    steps: Mapping[str, Step], repeat: int, warm_up: int = 2, each_round: Step | None = None
+) -> dict[str, float]:
+    """Median seconds of each step; every round runs `each_round`, then each step once, in turn."""
+    times = all_times(steps, repeat, warm_up, each_round)
     return {name: median(each) for name, each in times.items()}
 
 
-def all_times(steps: Mapping[str, Step], repeat: int, warm_up: int = 2) -> dict[str, list[float]]:
+def all_times(
+    steps: Mapping[str, Step], repeat: int, warm_up: int = 2, each_round: Step | None = None
+) -> dict[str, list[float]]:
     """Seconds of each step in each of `repeat` rounds, after `warm_up` rounds that do not count."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(warm_up + repeat):
+        if each_round is not None:
+            each_round()
         for name, step in steps.items():
             start = time.perf_counter()
             step()

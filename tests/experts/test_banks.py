@@ -15,10 +15,10 @@ from moestro.experts import (
     GatedFeedForward,
     ModuleExperts,
     ZeroExperts,
+    all_kernels,
     make_experts,
 )
 from moestro.experts.base import Experts
-from moestro.kernels import all_backends
 from moestro.routing import MergeRouting, SparseRouting
 
 OFFSETS = torch.tensor([0, 2, 2, 5])
@@ -31,7 +31,7 @@ def lively(experts: nn.Module) -> nn.Module:
     return experts.double()
 
 
-@pytest.mark.parametrize("kernel", all_backends())
+@pytest.mark.parametrize("kernel", all_kernels())
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_a_stacked_bank_is_its_experts(activation: str, bias: bool, kernel: str) -> None:

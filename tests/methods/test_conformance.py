@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 import moestro
 from moestro.balance import RoutingLog
-from moestro.kernels import all_backends
+from moestro.experts import all_kernels
 from moestro.layers import MoE
 from moestro.methods import Method
 from moestro.routing import Context
@@ -137,7 +137,7 @@ CASES = {
     [
         pytest.param(method, kernel, id=f"{method.name}-{kernel}")
         for method in METHODS
-        for kernel in (all_backends() if method.name in ON_EVERY_KERNEL else ["auto", "padded"])
+        for kernel in (all_kernels() if method.name in ON_EVERY_KERNEL else ["auto", "padded"])
     ],
 )
 def test_layer_equals_the_loop(

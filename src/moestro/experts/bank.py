@@ -14,6 +14,7 @@ def make_experts(
     activation: str = "swiglu",
     bias: bool = False,
     kernel: str = "auto",
+    recompute: bool = False,
 ) -> GLU | MLP:
     """A `GLU` for gated activations, an `MLP` for plain ones.
 
@@ -24,4 +25,4 @@ def make_experts(
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")
     bank = GLU if is_gated(activation) else MLP
-    return bank(num_experts, width, hidden, activation, bias, kernel)
+    return bank(num_experts, width, hidden, activation, bias, kernel, recompute)

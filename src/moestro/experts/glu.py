@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from moestro.experts.activations import GATED, is_gated
 from moestro.experts.base import Experts
 from moestro.experts.few import run_few
+from moestro.experts.fused import check_kernel, rounding_of, rows_fused, run_fused
 from moestro.experts.single import FeedForward
 from moestro.experts.stacked import StackedLinear
-from moestro.kernels.grouped import check_backend
-from moestro.routing import Routing
+from moestro.routing import Routing, SparseRouting
 
 
 class GLU(Experts):
@@ -25,7 +25,10 @@ class GLU(Experts):
         hidden: hidden size of one expert.
         activation: `swiglu` (silu) or `geglu` (gelu).
         bias: whether the three maps add one.
-        kernel: back end of the grouped products, see `moestro.kernels`.
+        kernel: `fused` runs the whole bank as one operator on a CPU, `tiled` likewise in such a way that a row's
+            bits do not depend on the rows beside it; other names are back ends of the grouped product, see
+            `moestro.kernels`. `auto` takes the fastest.
+        recompute: whether the fused operator keeps nothing for the backward and computes the products again.
 
     Parameters: gate and up `[experts, width, hidden]`, down `[experts, hidden, width]`, and biases
     gate_bias, up_bias `[experts, hidden]`, down_bias `[experts, width]`.
@@ -39,12 +42,14 @@ class GLU(Experts):
         activation: str = "swiglu",
         bias: bool = False,
         kernel: str = "auto",
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         if not is_gated(activation):
             raise ValueError(f"{activation!r} is not gated; use MLP, or one of {', '.join(GATED)}")
         self.num_experts, self.width, self.hidden = num_experts, width, hidden
-        self.activation, self.bias, self.kernel = activation, bias, check_backend(kernel)
+        self.activation, self.bias = activation, bias
+        self.kernel, self.recompute = check_kernel(kernel, recompute), recompute
         self.gate = nn.Parameter(torch.empty(num_experts, width, hidden))
         self.up = nn.Parameter(torch.empty(num_experts, width, hidden))
         self.down = nn.Parameter(torch.empty(num_experts, hidden, width))
@@ -59,9 +64,17 @@ class GLU(Experts):
 
     def run(self, x: Tensor, routing: Routing) -> Tensor:
         few = run_few(self, x, routing)
-        return super().run(x, routing) if few is None else few
+        if few is not None:
+            return few
+        rounding = rounding_of(self, x)
+        if rounding is None or not isinstance(routing, SparseRouting) or routing.scale == "input":
+            return super().run(x, routing)
+        return run_fused(self, x, routing, rounding)
 
     def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
+        rounding = rounding_of(self, rows)
+        if rounding is not None:
+            return rows_fused(self, rows, offsets, rounding)
         apply = StackedLinear(offsets, self.kernel)
         gate = apply(rows, self.gate, self.gate_bias)
         up = apply(rows, self.up, self.up_bias)

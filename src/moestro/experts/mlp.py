@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from moestro.experts.activations import PLAIN, is_gated
 from moestro.experts.base import Experts
 from moestro.experts.few import run_few
+from moestro.experts.fused import check_kernel, rounding_of, rows_fused, run_fused
 from moestro.experts.single import FeedForward
 from moestro.experts.stacked import StackedLinear
-from moestro.kernels.grouped import check_backend
-from moestro.routing import Routing
+from moestro.routing import Routing, SparseRouting
 
 
 class MLP(Experts):
@@ -25,7 +25,10 @@ class MLP(Experts):
         hidden: hidden size of one expert.
         activation: `relu`, `gelu`, `silu` or `squared_relu`.
         bias: whether the two maps add one.
-        kernel: back end of the grouped products, see `moestro.kernels`.
+        kernel: `fused` runs the whole bank as one operator on a CPU, `tiled` likewise in such a way that a row's
+            bits do not depend on the rows beside it; other names are back ends of the grouped product, see
+            `moestro.kernels`. `auto` takes the fastest.
+        recompute: whether the fused operator keeps nothing for the backward and computes the products again.
 
     Parameters: up `[experts, width, hidden]`, down `[experts, hidden, width]`, and biases
     up_bias `[experts, hidden]`, down_bias `[experts, width]`.
@@ -39,12 +42,14 @@ class MLP(Experts):
         activation: str = "relu",
         bias: bool = False,
         kernel: str = "auto",
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         if is_gated(activation):
             raise ValueError(f"{activation!r} is gated; use GLU, or one of {', '.join(PLAIN)}")
         self.num_experts, self.width, self.hidden = num_experts, width, hidden
-        self.activation, self.bias, self.kernel = activation, bias, check_backend(kernel)
+        self.activation, self.bias = activation, bias
+        self.kernel, self.recompute = check_kernel(kernel, recompute), recompute
         self.up = nn.Parameter(torch.empty(num_experts, width, hidden))
         self.down = nn.Parameter(torch.empty(num_experts, hidden, width))
         self.up_bias = nn.Parameter(torch.empty(num_experts, hidden)) if bias else None
@@ -57,9 +62,17 @@ class MLP(Experts):
 
     def run(self, x: Tensor, routing: Routing) -> Tensor:
         few = run_few(self, x, routing)
-        return super().run(x, routing) if few is None else few
+        if few is not None:
+            return few
+        rounding = rounding_of(self, x)
+        if rounding is None or not isinstance(routing, SparseRouting) or routing.scale == "input":
+            return super().run(x, routing)
+        return run_fused(self, x, routing, rounding)
 
     def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
+        rounding = rounding_of(self, rows)
+        if rounding is not None:
+            return rows_fused(self, rows, offsets, rounding)
         apply = StackedLinear(offsets, self.kernel)
         hidden = PLAIN[self.activation](apply(rows, self.up, self.up_bias))
         return apply(hidden, self.down, self.down_bias)

@@ -61,7 +61,7 @@ def grouped_matmul(rows: Tensor, weight: Tensor, offsets: Tensor, backend: str =
 
 
 def _fastest(rows: Tensor) -> str:
-    """The back end for these rows; `benchmarks/kernels.py` measures the choice."""
+    """The back end for these rows; `benchmarks/layer.py` measures the choice."""
     if rows.dtype == torch.float64:
         return "loop"
     return "rounded" if rows.device.type == "cpu" and rows.dtype != torch.float32 else "native"
@@ -73,12 +73,17 @@ def _check(rows: Tensor, weight: Tensor, offsets: Tensor) -> None:
             f"rows [rows, width] and weight [experts, width, out] must share the width, "
             f"got {list(rows.shape)} and {list(weight.shape)}"
         )
-    if offsets.shape != (len(weight) + 1,):
-        raise ValueError(f"{len(weight)} experts need {len(weight) + 1} offsets, got {list(offsets.shape)}")
+    check_offsets(offsets, len(rows), len(weight))
+
+
+def check_offsets(offsets: Tensor, rows: int, num_experts: int) -> None:
+    """Raise ValueError for offsets of other experts, or (on a CPU) that do not rise from 0 to `rows`."""
+    if offsets.shape != (num_experts + 1,):
+        raise ValueError(f"{num_experts} experts need {num_experts + 1} offsets, got {list(offsets.shape)}")
     if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
         bounds = offsets.tolist()
-        if bounds[0] != 0 or bounds[-1] != len(rows) or sorted(bounds) != bounds:
-            raise ValueError(f"offsets must rise from 0 to {len(rows)} rows, got {bounds}")
+        if bounds[0] != 0 or bounds[-1] != rows or sorted(bounds) != bounds:
+            raise ValueError(f"offsets must rise from 0 to {rows} rows, got {bounds}")
 
 
 def as_autocast(x: Tensor) -> Tensor:

@@ -103,6 +103,22 @@ class SparseRouting:
             rows = rows * self.weight.unsqueeze(1).to(rows.dtype)
         return _Collect.apply(rows, self.token, self.slot, self.num_tokens)
 
+    def by_token(self) -> tuple[Tensor, Tensor]:
+        """The pairs in token order, a token's in the order of its choices, and where each token's begin.
+
+        Shapes: `[pairs]` and `[tokens]`, int64.
+        """
+        if self.slot is None:
+            load = torch.zeros(self.num_tokens, dtype=torch.long, device=self.token.device)
+            load.scatter_add_(0, self.token, torch.ones_like(self.token))
+            return self.token.argsort(stable=True), load.cumsum(0) - load
+        k = self.slot.shape[1]
+        if self.slot.numel() == len(self.token):
+            return self.slot.flatten(), torch.arange(0, len(self.token), max(k, 1), device=self.token.device)
+        kept = self.slot < len(self.token)
+        load = kept.sum(1)
+        return self.slot[kept], load.cumsum(0) - load
+
     def load(self) -> Tensor:
         """Pairs per expert, `[experts]` int64."""
         return self.offsets.diff()

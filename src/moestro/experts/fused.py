@@ -1,0 +1,102 @@
+"""How a stacked bank reaches the fused operator, and when it does."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moestro.kernels import as_autocast
+from moestro.kernels.bank import bank as bank_operator
+from moestro.kernels.grouped import all_backends, check_offsets
+from moestro.kernels.plan import rounding_for
+from moestro.routing import SparseRouting
+
+KERNELS = ("fused", "tiled")
+
+
+class Stacked(Protocol):
+    """What `run_fused` reads of a bank; a plain one has no gate."""
+
+    up: Any
+    down: Any
+    up_bias: Any
+    down_bias: Any
+    activation: str
+    kernel: str
+    recompute: bool
+
+
+def all_kernels() -> tuple[str, ...]:
+    """Names that a stacked bank takes as its kernel: back ends of the grouped product, and fused operators."""
+    return (*all_backends(), *KERNELS)
+
+
+def check_kernel(name: str, recompute: bool = False) -> str:
+    """The name itself, or ValueError naming the kernels there are, or those that can recompute."""
+    if name not in all_kernels():
+        raise ValueError(f"unknown kernel {name!r}; choose one of {', '.join(all_kernels())}")
+    if recompute and name not in ("auto", *KERNELS):
+        raise ValueError(f"kernel={name!r} cannot recompute; use recompute=False or one of {', '.join(KERNELS)}")
+    return name
+
+
+def rounding_of(bank: Stacked, x: Tensor) -> str | None:
+    """The rounding with which the fused operator runs this bank on these rows; None = it does not."""
+    if bank.kernel not in ("auto", *KERNELS):
+        return None
+    if x.device.type != "cpu":
+        if bank.kernel in KERNELS:
+            raise ValueError(f"kernel={bank.kernel!r} runs on a CPU, not on {x.device}; use kernel='auto'")
+        return None
+    return "tiles" if bank.kernel == "tiled" else rounding_for(as_autocast_dtype(x))
+
+
+def as_autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which products of x are computed."""
+    return as_autocast(x[:0]).dtype
+
+
+def run_fused(bank: Stacked, x: Tensor, routing: SparseRouting, rounding: str) -> Tensor:
+    """`y = C F(D x)` in one operator. Shapes: x `[tokens, width]` -> `[tokens, width]`."""
+    order, starts = routing.by_token()
+    return _call(bank, x, routing.offsets, (routing.token, routing.weight, order, starts), rounding)
+
+
+def rows_fused(bank: Stacked, rows: Tensor, offsets: Tensor, rounding: str) -> Tensor:
+    """Rows grouped by expert through their experts. Shapes: `[rows, width]` -> `[rows, width]`."""
+    check_offsets(offsets, len(rows), len(bank.up))
+    return _call(bank, rows, offsets, (None, None, None, None), rounding)
+
+
+def _call(bank: Stacked, x: Tensor, offsets: Tensor, routing: tuple[Tensor | None, ...], rounding: str) -> Tensor:
+    x = as_autocast(x)
+    gate, gate_bias = getattr(bank, "gate", None), getattr(bank, "gate_bias", None)
+    parameters = (gate, bank.up, bank.down, gate_bias, bank.up_bias, bank.down_bias)
+    if x.dtype != bank.up.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(
+            f"rows are {x.dtype} but the experts' weights are {bank.up.dtype}; cast one of them, or use autocast"
+        )
+    if x.shape[1] != bank.up.shape[1]:
+        raise ValueError(f"rows have width {x.shape[1]} but the experts take {bank.up.shape[1]}")
+    width = x.shape[1]
+    if rounding == "tiles":
+        x, parameters = _wide(x), tuple(_wide(each) for each in parameters)
+    inputs = (x, routing[1], *parameters)
+    learns = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in inputs)
+    keep = learns and not bank.recompute
+    y: Tensor = bank_operator(x, offsets, *routing, *parameters, bank.activation, rounding, keep)[0]
+    return y[:, :width]
+
+
+def _wide(x: Tensor | None) -> Tensor | None:
+    """`x` with zeros up to multiples of 16 in its last dimension, and of a matrix `[experts, in, out]` in both.
+
+    Among other sizes, the last rows of a float64 or float32 product may be summed in another order than the first.
+    """
+    if x is None:
+        return None
+    columns, rows = -x.shape[-1] % 16, -x.shape[1] % 16 if x.dim() == 3 else 0
+    return F.pad(x, (0, columns, 0, rows)) if columns or rows else x
