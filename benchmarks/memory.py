@@ -1,0 +1,78 @@
+"""Peak memory of activations, forward and backward: the fused bank, other kernels, dense layers of equal FLOPs.
+
+Counts every allocation that torch's profiler sees between the start of forward and the end of backward, less the
+gradients of weights, which have the size of the weights. `of_dense` is against the leanest dense layer,
+`of_plain_dense` against three products under autograd; both have routing indices taken off the bank's side.
+
+    python benchmarks/memory.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from harness import Report, parse
+from limits import SHAPES, bank, dense_layers, routed
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+
+def peak_bytes(step: Callable[[], object]) -> int:
+    """The most bytes alive at once that the step itself allocated."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        step()
+    events = record.profiler.kineto_results.events()
+    changes = sorted(
+        (event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]" and event.nbytes()
+    )
+    now = most = 0
+    for _, change in changes:
+        now += change
+        most = max(most, now)
+    return most
+
+
+def activations(layer: Callable[[Tensor], Tensor], x: Tensor, parameters: list[Tensor]) -> int:
+    upstream = torch.randn_like(x)
+
+    def step() -> None:
+        layer(x).backward(upstream)
+
+    step()
+    for each in (x, *parameters):
+        each.grad = None
+    return peak_bytes(step) - sum(each.numel() * each.element_size() for each in parameters)
+
+
+def main() -> None:
+    report = Report("memory", parse(__doc__))
+    for shape in (each for each in SHAPES if each.name != "Qwen3-30B-A3B"):
+        for tokens in (512, 4096):
+            x = torch.randn(tokens, shape.width).bfloat16().requires_grad_()
+            dense = {n: activations(f, x, p) for n, (f, p) in dense_layers(shape, torch.bfloat16).items()}
+            _, _, routing = routed(shape, tokens)
+            found = {}
+            for name in ("fused", "fused, recompute", "tiled", "native", "loop"):
+                experts = bank(shape, torch.bfloat16, name.split(",")[0])
+                experts.recompute = "recompute" in name
+                found[name] = activations(
+                    lambda each, experts=experts, routing=routing: experts.run(each, routing),
+                    x,
+                    list(experts.parameters()),
+                )
+            indices = 8 * sum(t.numel() for t in (routing.token, routing.weight, routing.offsets)) * 2
+            for name, size in found.items():
+                report.add(
+                    shape=shape.name,
+                    tokens=tokens,
+                    kernel=name,
+                    megabytes=size / 1e6,
+                    of_dense=(size - indices) / min(dense.values()),
+                    of_plain_dense=(size - indices) / dense["three products"],
+                )
+    report.finish()
+
+
+if __name__ == "__main__":
+    main()
