@@ -74,7 +74,7 @@ def rows_fused(bank: Stacked, rows: Tensor, offsets: Tensor, rounding: str) -> T
 def _call(bank: Stacked, x: Tensor, offsets: Tensor, routing: tuple[Tensor | None, ...], rounding: str) -> Tensor:
     x = as_autocast(x)
     gate, gate_bias = getattr(bank, "gate", None), getattr(bank, "gate_bias", None)
-    parameters = (gate, bank.up, bank.down, gate_bias, bank.up_bias, bank.down_bias)
+    parameters: tuple[Tensor | None, ...] = (gate, bank.up, bank.down, gate_bias, bank.up_bias, bank.down_bias)
     if x.dtype != bank.up.dtype and not torch.is_autocast_enabled(x.device.type):
         raise ValueError(
             f"rows are {x.dtype} but the experts' weights are {bank.up.dtype}; cast one of them, or use autocast"
@@ -83,7 +83,7 @@ def _call(bank: Stacked, x: Tensor, offsets: Tensor, routing: tuple[Tensor | Non
         raise ValueError(f"rows have width {x.shape[1]} but the experts take {bank.up.shape[1]}")
     width = x.shape[1]
     if rounding == "tiles":
-        x, parameters = _wide(x), tuple(_wide(each) for each in parameters)
+        x, parameters = _wide(x), tuple(each if each is None else _wide(each) for each in parameters)
     inputs = (x, routing[1], *parameters)
     learns = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in inputs)
     keep = learns and not bank.recompute
@@ -91,12 +91,10 @@ def _call(bank: Stacked, x: Tensor, offsets: Tensor, routing: tuple[Tensor | Non
     return y[:, :width]
 
 
-def _wide(x: Tensor | None) -> Tensor | None:
+def _wide(x: Tensor) -> Tensor:
     """`x` with zeros up to multiples of 16 in its last dimension, and of a matrix `[experts, in, out]` in both.
 
     Among other sizes, the last rows of a float64 or float32 product may be summed in another order than the first.
     """
-    if x is None:
-        return None
     columns, rows = -x.shape[-1] % 16, -x.shape[1] % 16 if x.dim() == 3 else 0
     return F.pad(x, (0, columns, 0, rows)) if columns or rows else x
