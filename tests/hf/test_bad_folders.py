@@ -6,6 +6,7 @@ import re
 import shutil
 import struct
 
+import numpy as np
 import pytest
 import torch
 from hf.tiny import tiny_model
@@ -264,6 +265,22 @@ def test_links_into_a_hub_cache_are_followed(one):
         shutil.move(path, cache / "blobs" / f"blob-{path.name}")
         (snapshot / path.name).symlink_to(cache / "blobs" / f"blob-{path.name}")
     assert convert(snapshot, one.parent / "out", "fused").layout == "fused"
+
+
+def test_mutated_headers_never_crash(one):
+    data, random = (one / FILE).read_bytes(), np.random.default_rng(0)
+    (length,) = struct.unpack("<Q", data[:8])
+    refused = 0
+    for _ in range(500):
+        changed = bytearray(data)
+        for place in random.integers(0, 8 + length, 3):
+            changed[place] = int(random.choice(list(b'"{}[],:0123456789-eE\0\xff')))
+        (one / FILE).write_bytes(changed)
+        try:
+            StockFolder(one)
+        except ValueError:
+            refused += 1
+    assert refused > 300
 
 
 def test_an_existing_target_is_left_alone(one, tmp_path):

@@ -5,11 +5,13 @@ import json
 import pytest
 import torch
 from hf.tiny import FAMILIES, tiny_batch, tiny_config, tiny_model
+from oracles.tiny_models import tiny_model as tiny_own_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from moestro.cli import main
 from moestro.hf.counts import count_config
 from moestro.hf.layouts import FAMILIES as TABLE
+from moestro.models import save_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -244,6 +246,24 @@ PUBLISHED = {
     },
     "Switch-Base-128": ({"model_type": "switch_transformers", **SWITCH, "num_experts": 128}, 7.415, 0.224),
     "Switch-Base-256": ({"model_type": "switch_transformers", **SWITCH, "num_experts": 256}, 14.664, 0.225),
+    "NLLB-MoE-54B": (
+        {
+            "model_type": "nllb-moe",
+            "vocab_size": 256206,
+            "d_model": 2048,
+            "encoder_layers": 24,
+            "decoder_layers": 24,
+            "encoder_attention_heads": 16,
+            "decoder_attention_heads": 16,
+            "encoder_ffn_dim": 8192,
+            "decoder_ffn_dim": 8192,
+            "num_experts": 128,
+            "encoder_sparse_step": 4,
+            "decoder_sparse_step": 4,
+        },
+        54.501,
+        3.751,
+    ),
     "gpt-oss-20b": ({"model_type": "gpt_oss", "num_hidden_layers": 24, "num_local_experts": 32}, 20.915, 4.187),
     "gpt-oss-120b": ({"model_type": "gpt_oss"}, 116.829, 5.712),
     "Llama-4-Scout": ({"model_type": "llama4_text", "num_hidden_layers": 48}, 107.77, 17.173),
@@ -261,7 +281,15 @@ PUBLISHED = {
 }
 
 
-SLOW = {"Switch-Base-32", "Switch-Base-64", "Switch-Base-128", "Switch-Base-256", "Kimi-K2", "DeepSeek-V2"}
+SLOW = {
+    "Switch-Base-32",
+    "Switch-Base-64",
+    "Switch-Base-128",
+    "Switch-Base-256",
+    "Kimi-K2",
+    "DeepSeek-V2",
+    "NLLB-MoE-54B",
+}
 NAMES = [pytest.param(name, marks=pytest.mark.nightly) if name in SLOW else name for name in PUBLISHED]
 
 
@@ -270,6 +298,14 @@ def test_published_models_have_the_published_sizes(name):
     settings, total, active = PUBLISHED[name]
     counts = count_config(settings)
     assert (round(counts.total / 1e9, 3), round(counts.active / 1e9, 3)) == (total, active)
+
+
+def test_our_own_models_know_their_counts(tmp_path):
+    model = tiny_own_model("switch", activation="relu")
+    save_model(model, tmp_path / "model")
+    counts, ours = count_config(tmp_path / "model"), model.parameter_counts()
+    assert (counts.total, counts.active, counts.components) == (ours.total, ours.active, ours.components)
+    assert counts.flops_per_token == model.flops_per_token(2048)
 
 
 def test_configs_are_files_folders_or_mappings(tmp_path):

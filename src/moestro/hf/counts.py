@@ -75,6 +75,8 @@ def count_config(config: str | Path | Mapping[str, Any], *, length: int = 2048) 
     content = dict(config) if isinstance(config, Mapping) else read_config_file(config_path(Path(config)))
     _check_sizes(content)
     model_type = str(content["model_type"])
+    if model_type == "moestro":
+        return _count_ours(content, length)
     if model_type in UNLISTED:
         parts = [Part(*part) for part in UNLISTED[model_type](content)]
         pairs = _pairs(content, int(content["num_hidden_layers"]))
@@ -92,6 +94,18 @@ def count_config(config: str | Path | Mapping[str, Any], *, length: int = 2048) 
         _by_component(parts, "active"),
         int(sum(part.flops for part in parts)) + pairs * length,
         length,
+    )
+
+
+def _count_ours(content: dict[str, Any], length: int) -> StockCounts:
+    """A model of our own layout knows its counts."""
+    from moestro.hf.auto import MoestroForCausalLM
+
+    model = _outline(content)
+    assert isinstance(model, MoestroForCausalLM)
+    counts, flops = model.decoder.parameter_counts(), model.decoder.flops_per_token(length)
+    return StockCounts(
+        "moestro", counts.total, counts.active, counts.components, counts.active_components, flops, length
     )
 
 
