@@ -79,14 +79,9 @@ class Int4Matrix:
 
     def sums(self, rows: Tensor) -> Tensor:
         """int8 rows `[rows, in]` times `(code - 8) * multiple` -> `[rows, out]` int32; see `Int8Matrix.sums`."""
-        half = packed_block() // 2
         multiple = self.scale[..., 0].float().div_(self.row_scale).round_().to(torch.int8)  # [groups, out]
-        parts = multiple.unflatten(1, (-1, 2, half)).unbind(2)  # [groups, blocks, half] of each half of a block
-        sums = []
-        for codes, part in zip(_halves(self.code), parts, strict=True):
-            codes = codes.unflatten(0, (-1, self.group)).mul_(part.unsqueeze(1))  # [groups, group, blocks, half]
-            sums.append(torch._int_mm(rows, codes.flatten(2).flatten(0, 1)).unflatten(1, (-1, half)))
-        return torch.stack(sums, dim=2).flatten(1)
+        codes = unpack_codes(self.code).view(len(multiple), self.group, -1).mul_(multiple.unsqueeze(1))
+        return torch._int_mm(rows, codes.flatten(0, 1))
 
     @property
     def unit(self) -> Tensor:
@@ -148,15 +143,12 @@ def pack_codes(code: Tensor) -> Tensor:
 
 def unpack_codes(packed: Tensor) -> Tensor:
     """The codes less 8, `[in, out]` int8, from this processor's packed format."""
-    return torch.stack(_halves(packed), dim=2).flatten(1)
-
-
-def _halves(packed: Tensor) -> list[Tensor]:
-    """The codes less 8 of the first and of the second half of every block, `[in, blocks, block / 2]` int8 each."""
     out, half = packed.shape
     width = packed_block()
-    blocks = packed.view(out // width, half * 2, width // 2).permute(1, 0, 2).contiguous()
-    return [part.view(torch.int8).sub_(8) for part in (blocks & 15, blocks >> 4)]
+    blocks = packed.view(out // width, half * 2, width // 2)
+    blocks = blocks.permute(1, 0, 2).contiguous()  # [in, blocks, width / 2]
+    codes = torch.stack([blocks & 15, blocks >> 4], dim=2)  # several passes: torch is slow on runs of 32 bytes
+    return codes.view(torch.int8).view(half * 2, out).sub_(8)
 
 
 @cache
