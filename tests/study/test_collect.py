@@ -5,7 +5,7 @@ import json
 import pytest
 from scipy import stats
 
-from moestro.study.collect import collect_rows
+from moestro.study.collect import collect_rows, noise
 from moestro.study.match import Match
 from moestro.study.plan import Job, Row
 from moestro.train import load_recipe
@@ -96,3 +96,11 @@ def test_a_load_that_evens_out_over_batches_has_no_variation(tmp_path):
 )
 def test_dead_and_collapsed_routers_are_flagged(tmp_path, records, flags):
     assert collect_rows(*make(tmp_path, layers={"good": records}), {})[0]["flags"] == flags
+
+
+def test_noise_is_of_the_rows_with_most_seeds(tmp_path):
+    rows = collect_rows(*make(tmp_path, failed=("bad seed 1",)), {})
+    found = noise(rows)
+    assert (found["seeds"], found["methods"]) == (3, 3)
+    assert 0 < found["least_significant_difference"] < 0.2
+    assert noise(rows[:1]) is None

@@ -3,7 +3,7 @@
 import pytest
 from scipy import stats
 
-from moestro.study.intervals import interval, student_quantile
+from moestro.study.intervals import interval, least_significant_difference, student_quantile
 
 
 @pytest.mark.parametrize("degrees", [1, 2, 3, 4, 7, 8, 30])
@@ -29,3 +29,19 @@ def test_one_value_has_no_interval():
 def test_what_has_no_quantile_is_refused(probability, degrees):
     with pytest.raises(ValueError, match="probability < 1"):
         student_quantile(probability, degrees)
+
+
+def test_the_least_significant_difference_is_that_of_a_paired_t_test_with_two_methods():
+    """With two rows, the residuals of methods and seeds are half the deviations of the paired differences."""
+    table = [[1.0, 2.1, 2.9, 4.2], [1.5, 2.2, 3.6, 4.4]]
+    differences = [a - b for a, b in zip(*table, strict=True)]
+    assert least_significant_difference(table) == pytest.approx(interval(differences).half_width)
+
+
+def test_seeds_that_shift_every_method_alike_are_no_noise():
+    assert least_significant_difference([[1.0, 2.0, 4.0], [1.5, 2.5, 4.5], [0.0, 1.0, 3.0]]) == pytest.approx(0)
+
+
+def test_one_seed_has_no_least_significant_difference():
+    assert least_significant_difference([[1.0], [2.0]]) is None
+    assert least_significant_difference([]) is None

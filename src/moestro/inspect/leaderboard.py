@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moestro.inspect.study_words import alike, difference, interval, remarks
+from moestro.inspect.study_words import alike, difference, interval, noise, remarks
 
 _HEADER = """\
 # Leaderboard
@@ -18,6 +18,8 @@ Methods at equal active parameters, equal tokens and equal seeds, made by `moest
 - **bits per byte** of validation text, mean over the seeds with its 95 % interval (Student's t).
 - **against dense**: minus the dense model of equal active parameters, seed by seed, with the 95 % interval; `≈`
   marks what these seeds cannot tell from zero, `?` what has one seed only.
+- **least significant difference**: two rows that differ by more are told apart by all rows' noise taken together
+  (Fisher's, methods and seeds as blocks); with few seeds it sees more than the interval of a single row.
 - **like ranks**: the rows from which the paired difference cannot be told apart.
 - **speed**: tokens per second in training over those of the dense model, measured in turns, one process at a time.
 - **load CV**, **dropped**, **entropy** (1 = undecided) and **router gradient** (norm) are of the last tenth of
@@ -82,11 +84,13 @@ def _about(study: Mapping[str, Any]) -> str:
         if study["settled"] == study["trainings"]
         else (f" **Not finished: {study['settled']} of {study['trainings']} trainings have ended.**")
     )
+    speeds = sorted({row["speed"].get("commit") or "unknown" for row in study["rows"] if row["speed"]})
+    measured = f" Speeds at commit {', '.join(speeds)}." if speeds else ""
     return (
         f"{study['date']}, commit {study['commit'] or 'unknown'}, {machine['processor']} with {machine['cores']} "
         f"cores, {study['threads']} thread(s) per training, {study['precision']}, torch "
         f"{study['versions'].get('torch')}; {active}{tokens} tokens per training, seeds "
-        f"{', '.join(map(str, study['seeds']))}.{unfinished}"
+        f"{', '.join(map(str, study['seeds']))}.{measured} {noise(study)}{unfinished}"
     )
 
 

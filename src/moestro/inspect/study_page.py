@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moestro.inspect import pictures, study_pictures
-from moestro.inspect.study_words import alike, difference, interval, remarks
+from moestro.inspect.study_words import alike, difference, interval, noise, remarks
 
 _TEMPLATE = Path(__file__).parent / "template"
 
@@ -52,6 +52,7 @@ def render_study(study: dict[str, Any]) -> str:
         plotly=Markup(pictures.plotly_script()),
         study=study,
         verdict=verdict(study),
+        noise=noise(study),
         tiles=_tiles(study, ranked),
         curves=study_pictures.curves(ranked) if ranked else None,
         forest=study_pictures.differences(ranked) if any(row["difference"] for row in ranked) else None,

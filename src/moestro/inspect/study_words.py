@@ -29,6 +29,17 @@ def remarks(row: Mapping[str, Any]) -> str:
     return "; ".join(word for word in words if word)
 
 
+def noise(study: Mapping[str, Any]) -> str:
+    """The least significant difference in a sentence; empty where there is none."""
+    found = study["noise"]
+    if found is None:
+        return ""
+    return (
+        f"Least significant difference between two rows, pooled over {found['methods']} rows with {found['seeds']} "
+        f"seeds: {found['least_significant_difference']:.3f} bits per byte."
+    )
+
+
 def alike(row: Mapping[str, Any]) -> str:
     """The ranks within noise: `2-5, 9`, `-` for none, `?` where one seed cannot tell."""
     seeds = row["bits_per_byte"]["seeds"] if row["bits_per_byte"] else 0

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moestro.study.intervals import interval
+from moestro.study.intervals import interval, least_significant_difference
 from moestro.study.plan import Job, Row
 from moestro.study.recipe import DENSE
 from moestro.train.files import read_lines
@@ -35,6 +35,21 @@ def collect_rows(
     for row in found:
         row["within_noise"] = _alike(row, found) if row["rank"] else []
     return found
+
+
+def noise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The least significant difference, of the rows that have every seed, or else of those that have most.
+
+    `seeds` and `methods` say how many; None while no two rows have two seeds in common.
+    """
+    tables = [_values(row) for row in rows]
+    for count in range(max((len(table) for table in tables), default=0), 1, -1):
+        seeds = max((sorted(table) for table in tables if len(table) == count), default=[])
+        common = [[table[seed] for seed in seeds] for table in tables if table.keys() >= set(seeds)]
+        found = least_significant_difference(common)
+        if found is not None:
+            return {"least_significant_difference": found, "seeds": count, "methods": len(common)}
+    return None
 
 
 def _row(row: Row, jobs: Sequence[Job], speed: dict[str, Any] | None) -> dict[str, Any]:

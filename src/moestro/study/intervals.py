@@ -40,6 +40,29 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(mean, student_quantile((1 + CONFIDENCE) / 2, len(values) - 1) * spread)
 
 
+def least_significant_difference(table: Sequence[Sequence[float]]) -> float | None:
+    """By how much two methods must differ before these seeds tell them apart, from all of them together.
+
+        LSD = t(0.975; (m - 1)(n - 1)) s sqrt(2 / n)        Fisher 1935, randomised blocks
+
+    where s² is what is left of the variation after methods and seeds have explained theirs. It takes the noise of
+    all methods for equal, and so needs fewer seeds than an interval of each pair does.
+
+    Args:
+        table: `[methods][seeds]`.
+
+    Returns: None with fewer than two methods or seeds.
+    """
+    m, n = len(table), len(table[0]) if table else 0
+    if m < 2 or n < 2:
+        return None
+    by_method = [statistics.fmean(row) for row in table]
+    by_seed = [statistics.fmean(column) for column in zip(*table, strict=True)]
+    mean, degrees = statistics.fmean(by_method), (m - 1) * (n - 1)
+    left = sum((table[i][j] - by_method[i] - by_seed[j] + mean) ** 2 for i in range(m) for j in range(n))
+    return student_quantile((1 + CONFIDENCE) / 2, degrees) * math.sqrt(2 / n * left / degrees)
+
+
 def student_quantile(probability: float, degrees: int) -> float:
     """The value below which a t-distributed variable lies with `probability`, for whole degrees of freedom.
 

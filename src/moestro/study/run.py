@@ -9,7 +9,7 @@ from typing import Any
 
 from moestro.inspect import write_study_page
 from moestro.study.circumstances import circumstances
-from moestro.study.collect import collect_rows
+from moestro.study.collect import collect_rows, noise
 from moestro.study.display import Display
 from moestro.study.plan import Job, Row, plan_jobs, plan_rows, read_json
 from moestro.study.pool import Work, run_all
@@ -69,6 +69,7 @@ def run_study(
 def write_results(study: StudyRecipe, rows: Sequence[Row], jobs: Sequence[Job], out: Path) -> dict[str, Any]:
     """Write `study.json` from what the runs have left so far."""
     speeds = {row.label: found for row in rows if (found := read_json(_speed_file(out, row))) is not None}
+    table = collect_rows(rows, jobs, speeds)
     settled = [job for job in jobs if job.settled]
     result = {
         "format": 1,
@@ -79,7 +80,8 @@ def write_results(study: StudyRecipe, rows: Sequence[Row], jobs: Sequence[Job], 
         "trainings": len(jobs),
         "settled": len(settled),
         "recipe": dump_study(study),
-        "rows": collect_rows(rows, jobs, speeds),
+        "noise": noise(table),
+        "rows": table,
     }
     write_json(out / "study.json", result)
     return result

@@ -36,6 +36,7 @@ def main(job_file: str) -> int:
 
 
 def _do(job: dict[str, Any]) -> None:
+    from moestro.study.circumstances import commit
     from moestro.study.speed import measure_speed
     from moestro.train import Recipe
     from moestro.train.progress import PlainLines
@@ -43,7 +44,8 @@ def _do(job: dict[str, Any]) -> None:
 
     recipe, out = Recipe.model_validate(job["recipe"]), Path(job["out"])
     if job["task"] == "speed":
-        write_json(out, measure_speed(recipe, Recipe.model_validate(job["dense"])))
+        found = measure_speed(recipe, Recipe.model_validate(job["dense"]))
+        write_json(out, found | {"commit": commit()})
         return
     resume = (out / "recipe.yaml").is_file()
     train_models(recipe, out, resume=resume, overwrite=False, progress=PlainLines(sys.stdout))
