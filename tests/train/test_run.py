@@ -46,7 +46,7 @@ class StopAfter(Silent):
 def test_a_run_leaves_a_complete_folder(tmp_path):
     recipe, out = tiny_recipe(tmp_path / "text.txt", twin=True), tmp_path / "runs" / "first"
     result = train_run(recipe, out, progress=Silent())
-    shared = {"metrics.jsonl", "evaluations.jsonl", "result.json", "model"}
+    shared = {"metrics.jsonl", "evaluations.jsonl", "events.jsonl", "result.json", "model"}
     assert set(os.listdir(out / "twin")) == shared
     assert set(os.listdir(out)) == shared | {
         "recipe.yaml",
@@ -213,7 +213,7 @@ def broken_at(monkeypatch):
 
 def test_a_failure_in_the_first_step_leaves_nothing(tmp_path, broken_at):
     broken_at(1)
-    with pytest.raises(NonFiniteLoss, match=r"at step 1 \(first in embedding\)"):
+    with pytest.raises(NonFiniteLoss, match=r"at step 1 \(first in weight of embedding\.weight\)"):
         train_run(tiny_recipe(tmp_path / "text.txt"), tmp_path / "runs" / "x", progress=Silent())
     assert not (tmp_path / "runs").exists()
 

@@ -130,6 +130,13 @@ class RoutingLog:
             by_title.setdefault(term.title, []).append(value)
         return {title: torch.stack(values).mean() for title, values in by_title.items()}
 
+    def values_by_layer(self) -> dict[str, list[Tensor]]:
+        """Each loss of the last recording, without coefficient and gradient, by `layer: loss`, one per call."""
+        found: dict[str, list[Tensor]] = {}
+        for term, _, value in self._values(None):
+            found.setdefault(f"{term.place}: {term.title}", []).append(value)
+        return found
+
     def attach(self, y: Tensor, totals: StepTotals | None = None) -> Tensor:
         """`y` itself; backward through it also adds the gradient of `auxiliary_loss`.
 
@@ -144,6 +151,10 @@ class RoutingLog:
         for (name, index), measured in self._measured.items():
             moe = self._moes[name]
             moe.controllers[index].update(moe, measured)
+        self._measured = {}
+
+    def discard(self) -> None:
+        """Forget what controllers measured since their last update: of a step that is not taken."""
         self._measured = {}
 
     def describe(self) -> list[str]:

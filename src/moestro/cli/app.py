@@ -22,6 +22,7 @@ COMMANDS = (
     ("leaderboard", "leaderboard", "Print the table of finished studies as a page of documentation."),
     ("convert", "convert", "Write a model in another layout."),
     ("checkpoints", "checkpoints", "List the checkpoints of a run, and verify them."),
+    ("replay", "replay", "Run a step that met a bad number once more, alone."),
     ("report", "report", "Write the page that shows what the experts of a run did."),
     ("doctor", "doctor", "Say which known defects training a transformers model would meet."),
     ("methods", "methods", "List the routing methods and the papers they follow."),

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from moestro.train.build import build_corpus, build_model, cache_folder
     from moestro.train.errors import NonFiniteLoss, Stopped
     from moestro.train.progress import Progress
+    from moestro.train.repro import replay_step
     from moestro.train.run import run_checkpoints, train_run
 
 _HOMES = {
@@ -19,6 +20,7 @@ _HOMES = {
     "NonFiniteLoss": "errors",
     "Progress": "progress",
     "Stopped": "errors",
+    "replay_step": "repro",
     "run_checkpoints": "run",
     "train_run": "run",
 }
@@ -34,6 +36,7 @@ __all__ = [
     "cache_folder",
     "dump_recipe",
     "load_recipe",
+    "replay_step",
     "run_checkpoints",
     "shipped_recipes",
     "train_run",

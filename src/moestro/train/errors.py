@@ -6,7 +6,16 @@ import signal
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss or the gradient became infinite or not a number; the optimiser step was not taken."""
+    """The loss or the gradient became infinite or not a number; the optimiser step was not taken.
+
+    Attributes:
+        step: the step that failed, counted from 1.
+        kind, name: what was bad first, and where, such as "weight" and "layers.7.moe.experts[13].down".
+    """
+
+    def __init__(self, message: str, step: int = 0, kind: str = "", name: str = ""):
+        super().__init__(message)
+        self.step, self.kind, self.name = step, kind, name
 
 
 class Stopped(KeyboardInterrupt):

@@ -44,9 +44,17 @@ class JsonLines:
 
     def __init__(self, path: Path, step: int = 0):
         self.path = path
-        self.records = [record for record in read_lines(path) if record["step"] <= step]
-        write_whole(path, "".join(map(_line, self.records)))
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        self._open(step)
+
+    def rewind(self, step: int) -> None:
+        """Forget the lines past a step, in a run that goes back to it."""
+        self.close()
+        self._open(step)
+
+    def _open(self, step: int) -> None:
+        self.records = [record for record in read_lines(self.path) if record["step"] <= step]
+        write_whole(self.path, "".join(map(_line, self.records)))
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
 
     def append(self, record: Mapping[str, Any]) -> None:
         self._file.write(_line(record))

@@ -13,9 +13,9 @@ from moestro.train.recipe import Recipe, RecipeError, dump_recipe, load_recipe
 from moestro.train.recipe_errors import differing_keys
 
 RECIPE = "recipe.yaml"
-RECORDS = ("metrics.jsonl", "evaluations.jsonl", "routing.jsonl")
+RECORDS = ("metrics.jsonl", "evaluations.jsonl", "routing.jsonl", "events.jsonl")
 FILES = (RECIPE, *RECORDS, "result.json", "specialisation.json", "report.html")
-FOLDERS = ("model", "checkpoint", "twin")
+FOLDERS = ("model", "checkpoint", "repro", "twin")
 
 
 def check_folder(out: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:

@@ -98,6 +98,13 @@ class TrainSection(Section):
     evaluate_every: int = Field(100, ge=1, description="steps between evaluations")
     evaluation_batches: int = Field(20, ge=1, description="validation batches of an evaluation on the way")
     final_evaluation_batches: int = Field(0, ge=0, description="validation batches of the last evaluation; 0 = all")
+    on_non_finite: Literal["halt", "skip", "rollback"] = Field(
+        "halt",
+        description="a bad loss or gradient: stop, leave the batch out, or do so from the last checkpoint",
+    )
+    check_every: int = Field(
+        8, ge=0, description="steps between looks for bad numbers in all weights and optimiser state; 0 = never"
+    )
     checkpoint_every: int = Field(100, ge=0, description="steps between checkpoints; 0 = only when stopped")
     keep_last: int = Field(2, ge=1, description="newest checkpoints to keep")
     keep_best: bool = Field(False, description="also keep the checkpoint of the best evaluation on the way")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from moestro.balance import RoutingLog, StepTotals
 from moestro.data import Batch
 from moestro.routing import Decision
+from moestro.train.culprit import Culprit, Watch, bad_gradient, bad_loss, bad_state, bad_weight
 from moestro.train.errors import NonFiniteLoss
 from moestro.train.machine import Machine
 from moestro.train.objectives import Objective, objective_for
@@ -32,6 +33,12 @@ class StepResult:
     auxiliary_loss: float
     grad_norm: float
     named: dict[str, float] = field(default_factory=dict)
+
+
+def _bad_figure(loss: float, auxiliary: float) -> str:
+    if not math.isfinite(auxiliary):
+        return f"the auxiliary loss is {auxiliary}"
+    return f"the loss is {loss}" if not math.isfinite(loss) else "the gradient is not finite"
 
 
 class Stepper:
@@ -52,6 +59,11 @@ class Stepper:
         compiled: what to call in place of the model, for example `torch.compile(model)`.
         statistics: whose tokens an auxiliary loss is computed from, "micro-batch" or "step".
         objective: what is learned; None = what the model's routers need, mostly the next token.
+        check_every: steps between looks at all weights and all of the optimiser's state; 0 = never. Loss and
+            gradient are looked at every step.
+
+    Attributes:
+        random_state: of torch's generator when the last step began.
     """
 
     def __init__(
@@ -66,23 +78,28 @@ class Stepper:
         compiled: Callable[..., Tensor] | None = None,
         statistics: Statistics = "micro-batch",
         objective: Objective | None = None,
+        check_every: int = 1,
     ):
         self.model, self.optimiser, self.machine, self.log = model, optimiser, machine, log
         self.accumulate, self.clip, self.statistics = accumulate, clip, statistics
         self.objective = objective or objective_for(model)
+        self.check_every, self.random_state = check_every, torch.get_rng_state()
         self._forward: Callable[..., Tensor] = model if compiled is None else compiled
 
     def __call__(self, batch: Batch, step: int) -> StepResult:
         """Learn from one batch; raises NonFiniteLoss, naming `step`, before a bad gradient reaches the weights."""
         self.model.train()
         self.optimiser.zero_grad(set_to_none=True)
+        self.random_state = torch.get_rng_state()
         totals = self._totals(batch)
         parts = [self._backward(*part, totals) for part in self._parts(batch)]
         total = {name: torch.stack([part[name] for part in parts]).sum() for name in parts[0]}
         norm = self._gradient_norm()
         loss, auxiliary, grad_norm = torch.stack([total.pop("loss"), total.pop("auxiliary_loss"), norm]).tolist()
         if not all(map(math.isfinite, (loss, auxiliary, grad_norm))):
-            raise NonFiniteLoss(self._explain(batch, step, loss, auxiliary))
+            raise self._failure(batch, step, _bad_figure(loss, auxiliary))
+        if self.check_every and step % self.check_every == 0 and not self._sound():
+            raise self._failure(batch, step, "a weight or the optimiser's state is not finite")
         self.optimiser.step()
         if self.log is not None:
             self.log.update_controllers()
@@ -132,39 +149,49 @@ class Stepper:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip, norm)
         return norm
 
-    def _explain(self, batch: Batch, step: int, loss: float, auxiliary: float) -> str:
-        if math.isfinite(loss) and math.isfinite(auxiliary):
-            grads = ((name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None)
-            name = next((name for name, grad in grads if not grad.isfinite().all()), "its norm")
-            return f"the gradient is not finite at step {step} (first in {name}); {_ADVICE}"
-        which = "loss" if math.isfinite(auxiliary) else "auxiliary loss"
-        found = (first_non_finite(self.model, part[0], part[1], self.machine) for part in self._parts(batch))
-        culprit = next((name for name in found if name), None)
-        where = f" (first in {culprit})" if culprit else ""
-        return f"the {which} is {loss if which == 'loss' else auxiliary} at step {step}{where}; {_ADVICE}"
+    def _failure(self, batch: Batch, step: int, what: str) -> NonFiniteLoss:
+        """The error that names the first bad number, found by running the batch once more."""
+        before = bad_weight(self.model) or bad_state(self.model, self.optimiser)
+        seen = bad_gradient(self.model)
+        culprit = before or self._again(batch) or seen
+        where = str(culprit) if culprit else "nothing when run again: a fault that passed"
+        kind, name = (culprit.kind, culprit.name) if culprit else ("", "")
+        self.optimiser.zero_grad(set_to_none=True)
+        if self.log is not None:
+            self.log.discard()
+        return NonFiniteLoss(f"{what} at step {step} (first in {where}); {_ADVICE}", step, kind, name)
+
+    def _again(self, batch: Batch) -> Culprit | None:
+        """Run the batch as before, watched from inside; random states, buffers and weights stay as they are."""
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        after, self._forward = self._forward, self.model
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.set_rng_state(self.random_state)
+                return self._watched(batch)
+        finally:
+            self._forward = after
+            for buffer, kept in buffers:
+                buffer.copy_(kept)
+
+    def _watched(self, batch: Batch) -> Culprit | None:
+        self.optimiser.zero_grad(set_to_none=True)
+        for part in self._parts(batch):
+            with Watch(self.model) as watch:
+                measured = self._backward(*part, None)
+            if watch.forward is not None:
+                return watch.forward
+            if self.log is not None and not measured["auxiliary_loss"].isfinite():
+                return bad_loss(self.log.values_by_layer())
+            if watch.backward is not None:
+                return watch.backward
+        return None
+
+    def _sound(self) -> bool:
+        """Whether every weight and every number that the optimiser keeps is finite."""
+        kept = [value for state in self.optimiser.state.values() for value in state.values() if value.ndim]
+        tensors = [*self.model.parameters(), *kept]
+        return bool(torch.nn.utils.get_total_norm([tensor.detach() for tensor in tensors]).isfinite())
 
 
 _ADVICE = "lower train.learning_rate, lengthen train.warmup_fraction or use train.precision float32"
-
-
-@torch.no_grad()
-def first_non_finite(model: nn.Module, tokens: Tensor, domain: Tensor, machine: Machine) -> str | None:
-    """The first module, in the order of the forward pass, whose weights or output are not finite."""
-    found: list[str] = []
-
-    def watch(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, arguments: object, output: object) -> None:
-            tensors = [*module.parameters(recurse=False), *([output] if isinstance(output, Tensor) else [])]
-            if not found and not all(t.isfinite().all() for t in tensors):
-                found.append(name)
-
-        return hook
-
-    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
-    try:
-        with machine.autocast():
-            model(tokens, domain=domain)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found[0] if found else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import time
@@ -22,7 +23,7 @@ from moestro.layers import MoE
 from moestro.models import DecoderLM, save_model
 from moestro.train.build import training_batches, validation_batches
 from moestro.train.checkpoints import Checkpoints
-from moestro.train.errors import Stopped
+from moestro.train.errors import NonFiniteLoss, Stopped
 from moestro.train.files import JsonLines, read_lines, write_json
 from moestro.train.goodput import Goodput
 from moestro.train.interrupt import Interrupt, StopRequested
@@ -30,10 +31,14 @@ from moestro.train.machine import Machine, versions
 from moestro.train.optimiser import build_optimiser, set_learning_rate
 from moestro.train.progress import Progress
 from moestro.train.recipe import Recipe, TrainSection
+from moestro.train.repro import FailedStep, with_random_state, write_repro
 from moestro.train.schedule import schedule
+from moestro.train.spikes import spike
 from moestro.train.state import Checkpoint, capture, restore
 from moestro.train.step import Stepper, StepResult
 from moestro.train.witness import Witness
+
+MOST_BAD_STEPS = 10  # in a hundred; more are no accident
 
 
 @dataclass(frozen=True)
@@ -83,10 +88,12 @@ class Training:
         self.batches = training_batches(around.corpus, around.recipe)
         self.step, self.seconds, self._started = 0, 0.0, time.monotonic()
         self.goodput, self._saved_step = Goodput(), 0
+        self._left_out: set[int] = set()  # steps whose batch met a bad number
         self.checkpoints = checkpoints_of(folder, self.settings)
         self.metrics: JsonLines
         self.evaluations: JsonLines
         self.routing: JsonLines
+        self.events: JsonLines
 
     def run(self) -> dict[str, Any]:
         """Train to the last step, evaluate, save the model; the content of result.json.
@@ -166,6 +173,7 @@ class Training:
             clip=self.settings.clip,
             compiled=compile_around_experts(self.model) if self.settings.compile else None,
             statistics=self.settings.statistics,
+            check_every=self.settings.check_every,
         )
 
     def _one_step(self, stepper: Stepper, learning_rate: float) -> None:
@@ -173,11 +181,71 @@ class Training:
         set_learning_rate(self.optimiser, learning_rate)
         with self.goodput.spent("data"):
             batch = self.batches.at(self.step)
-        with self.goodput.spent("productive"):
-            result = stepper(batch, self.step + 1)
+        if self.step + 1 in self._left_out:
+            self.step += 1
+            return
+        try:
+            with self.goodput.spent("productive"):
+                result = stepper(batch, self.step + 1)
+        except NonFiniteLoss as error:
+            self._after_bad_number(error, batch, learning_rate, stepper.random_state)
+            return
         self.step += 1
         speed = batch.tokens.numel() / (time.perf_counter() - started)
         self._record(result, learning_rate, speed)
+
+    def _after_bad_number(self, error: NonFiniteLoss, batch: Batch, learning_rate: float, state: Any) -> None:
+        """Keep the step for `moestro replay`, then do what the recipe says: halt, skip or rollback."""
+        policy, say = self.settings.on_non_finite, self.around.progress.say
+        folder = self.folder / "repro"
+        recently = [r for r in self.events.records if r["event"] == "non-finite" and r["step"] > self.step - 100]
+        if self.metrics.records:  # a run that fails at once leaves nothing behind
+            write_repro(folder, self._failed(error, batch, learning_rate, state))
+        if policy == "halt":
+            kept = f"; the step is kept: moestro replay {folder}" if folder.is_dir() else ""
+            raise NonFiniteLoss(f"{error}{kept}", error.step, error.kind, error.name) from None
+        if len(recently) >= MOST_BAD_STEPS:
+            text = f"{error}; that is one of {len(recently) + 1} in 100 steps, which {policy} does not mend"
+            raise NonFiniteLoss(text, error.step, error.kind, error.name) from None
+        say(f"{error}; {policy}: the batch is left out")
+        self._left_out.add(error.step)
+        if policy == "rollback":
+            self._go_back(error)
+        else:
+            self.step += 1
+        self.events.append({"step": error.step, "event": "non-finite", "policy": policy, "what": str(error)})
+
+    def _go_back(self, error: NonFiniteLoss) -> None:
+        """Take the state of the newest whole checkpoint, and forget what was recorded since."""
+        checkpoint = self.checkpoints.latest(self.around.progress.say)
+        if checkpoint is None:
+            raise NonFiniteLoss(
+                f"{error}; there is no checkpoint to go back to: lower train.checkpoint_every",
+                error.step,
+                error.kind,
+                error.name,
+            ) from None
+        lost = [record for record in self.metrics.records if record["step"] > checkpoint.step]
+        self.goodput.lose(sum(self._tokens_per_step / record["tokens_per_second"] for record in lost))
+        restore(checkpoint, self.model, self.optimiser)
+        self.step = self._saved_step = checkpoint.step
+        for file in (self.metrics, self.evaluations, *([self.routing] if self.log else [])):
+            file.rewind(self.step)
+        self.around.progress.say(f"{self.name}: back to step {self.step}")
+
+    def _failed(self, error: NonFiniteLoss, batch: Batch, learning_rate: float, state: Any) -> FailedStep:
+        around = self.around
+        captured = capture(self.model, self.optimiser, self.step, self._elapsed(), around.fingerprint)
+        return FailedStep(
+            recipe=around.recipe,
+            vocab_size=around.corpus.tokenizer.vocab_size,
+            num_domains=len(around.corpus.domains),
+            dense=self.log is None,
+            learning_rate=learning_rate,
+            state=with_random_state(captured, state),
+            batch=batch,
+            error=error,
+        )
 
     def _record(self, result: StepResult, learning_rate: float, speed: float) -> None:
         record = result.named | {
@@ -188,6 +256,13 @@ class Training:
             "grad_norm": result.grad_norm,
             "auxiliary_loss": result.auxiliary_loss,
         }
+        height = spike([record["loss"] for record in self.metrics.records], result.loss)
+        if height is not None:
+            self.around.progress.say(
+                f"{self.name}: the loss jumps to {result.loss:.4f} at step {self.step}, "
+                f"{height:.0f} standard deviations above the last steps"
+            )
+            self.events.append({"step": self.step, "event": "loss spike", "deviations": height})
         self.metrics.append(record)
         if self.log is not None and (self.step % self.settings.log_every == 0 or self.step == self.settings.steps):
             routing = routing_record(self.step, self.log.decisions)
@@ -223,6 +298,8 @@ class Training:
         size, length = self.settings.batch_size // parts, around.recipe.data.sequence_length
         batches = validation_batches(around.corpus.validation, size, length, count * parts)
         measured = evaluate(self.model, self._watched(batches, witness), precision=around.machine.precision)
+        if not math.isfinite(measured.loss):
+            raise NonFiniteLoss(f"the validation loss is {measured.loss} after step {self.step}", self.step)
         record = {"step": self.step, "validation_loss": measured.loss, "bits_per_byte": measured.bits_per_byte}
         self.evaluations.append(record)
         around.progress.evaluated(record)
@@ -308,7 +385,7 @@ class Training:
 
     @contextmanager
     def _files(self) -> Iterator[None]:
-        names = ["metrics", "evaluations", *(["routing"] if self.log else [])]
+        names = ["metrics", "evaluations", "events", *(["routing"] if self.log else [])]
         with ExitStack() as stack:
             for name in names:
                 setattr(self, name, stack.enter_context(JsonLines(self.folder / f"{name}.jsonl", self.step)))

@@ -1,0 +1,235 @@
+"""A bad number is caught before the optimiser step, and the module that made it is named."""
+
+import random
+
+import pytest
+import torch
+from oracles.tiny_run import tiny_recipe
+from torch import nn
+
+import moestro
+from moestro.cli import main
+from moestro.data import Batch
+from moestro.experts import Experts
+from moestro.train import NonFiniteLoss, train_run
+from moestro.train.files import read_lines
+from moestro.train.machine import choose_machine
+from moestro.train.optimiser import build_optimiser
+from moestro.train.progress import Silent
+from moestro.train.spikes import spike
+from moestro.train.step import Stepper
+
+
+def fresh(seed):
+    model = moestro.build_language_model(
+        vocab_size=16,
+        width=8,
+        num_layers=2,
+        num_heads=2,
+        method=["mixtral", "deepseek-v3"][seed // 8 % 2],
+        options={"top_k": 2},
+        num_experts=4,
+        expert_hidden=8,
+        seed=seed,
+    )
+    optimiser = build_optimiser(model, learning_rate=0.01, weight_decay=0.1, betas=(0.9, 0.95))
+    log = moestro.RoutingLog(model)
+    machine = choose_machine("cpu", "float32", 1)
+    return model, optimiser, log, Stepper(model, optimiser, machine, log)
+
+
+def batch(seed):
+    tokens = torch.randint(16, (4, 9), generator=torch.Generator().manual_seed(seed))
+    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.zeros(4, 8, dtype=torch.uint8), 32)
+
+
+class Poison(torch.autograd.Function):
+    """The identity, whose gradient is bad."""
+
+    @staticmethod
+    def forward(ctx, x, value):
+        ctx.value = value
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return torch.full_like(gradient, ctx.value), None
+
+
+def plant(kind, chance, model, optimiser):
+    """Make one number bad; the start of the name that the guard must give, and what it must call it."""
+    value = chance.choice([float("nan"), float("inf"), float("-inf")])
+    names = dict(model.named_parameters())
+    if kind in ("weight", "optimiser state", "gradient of a parameter"):
+        name = chance.choice(sorted(names))
+        parameter = names[name]
+        where = chance.randrange(parameter.numel())
+        expected = name
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(owner, Experts) and parameter.ndim == 3:
+            expert = where // parameter[0].numel()
+            expected = f"{name.rpartition('.')[0]}[{expert}].{name.rpartition('.')[2]}"
+        if kind == "weight":
+            parameter.data.view(-1)[where] = value
+            return expected, "weight"
+        if kind == "optimiser state":
+            key = chance.choice(["exp_avg", "exp_avg_sq"])
+            optimiser.state[parameter][key].view(-1)[where] = value
+            return f"{expected}, {key}", "optimiser state"
+        parameter.register_hook(lambda g: g.flatten().index_fill(0, torch.tensor([where]), value).view_as(g))
+        return expected, "gradient"
+    modules = {name: m for name, m in model.named_modules() if not isinstance(m, nn.ModuleList)}
+    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    routers = [f"layers.{i}.moe.router.scorer" for i in range(2)]
+    if kind == "input":
+        name = chance.choice([name for name in linear if name != "head"])
+        modules[name].register_forward_pre_hook(lambda m, given: (given[0] * value, *given[1:]))
+        return name, "input"
+    if kind == "output":
+        name = chance.choice(linear)
+        modules[name].register_forward_hook(lambda m, given, output: output + value)
+        return name, "output"
+    if kind == "router logits":
+        name = chance.choice(routers)
+        modules[name].register_forward_hook(lambda m, given, output: output * float("nan"))
+        return name, "output"
+    if kind == "auxiliary loss":
+        layer = chance.randrange(2)
+        moe = model.layers[layer].moe
+        moe.losses["planted"] = (1.0, lambda decision: decision.probs.sum() * value)
+        return f"layers.{layer}.moe: planted", "auxiliary loss"
+    name = chance.choice([name for name in linear if name != "head"])
+    modules[name].register_forward_hook(lambda m, given, output: Poison.apply(output, value))
+    return name, "gradient"
+
+
+KINDS = (
+    "weight",
+    "optimiser state",
+    "input",
+    "output",
+    "router logits",
+    "auxiliary loss",
+    "gradient of a parameter",
+    "gradient of a module",
+)
+
+
+@pytest.mark.parametrize("count", [48, pytest.param(200, marks=pytest.mark.nightly)])
+def test_what_was_planted_is_caught_before_the_step_and_named(count):
+    for trial in range(count):
+        chance, kind = random.Random(trial), KINDS[trial % len(KINDS)]
+        model, optimiser, log, stepper = fresh(trial)
+        stepper(batch(trial), 1)
+        expected, called = plant(kind, chance, model, optimiser)
+        before = [p.detach().clone() for p in model.parameters()]
+        with pytest.raises(NonFiniteLoss) as caught:
+            stepper(batch(trial + 1), 2)
+        assert caught.value.name.startswith(expected), (trial, kind, expected, str(caught.value))
+        assert caught.value.kind == called, (trial, kind, str(caught.value))
+        pairs = zip(before, model.parameters(), strict=True)
+        assert all(torch.equal(old.nan_to_num(7), new.nan_to_num(7)) for old, new in pairs)
+        log.close()
+
+
+def test_the_watch_leaves_no_hook_behind():
+    model, _, _, stepper = fresh(2)
+    stepper(batch(0), 1)
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    model.embedding.weight.data[3] = float("nan")
+    with pytest.raises(NonFiniteLoss):
+        stepper(batch(1), 2)
+    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == hooks
+    model.embedding.weight.data[3] = 0.0
+    stepper(batch(1), 2)
+
+
+def test_controllers_forget_a_step_that_is_not_taken():
+    biases = []
+    for fails in (False, True):
+        model, _, _, stepper = fresh(8)
+        if fails:
+            kept = model.embedding.weight.data[3].clone()
+            model.embedding.weight.data[3] = float("nan")
+            with pytest.raises(NonFiniteLoss):
+                stepper(batch(1), 1)
+            model.embedding.weight.data[3] = kept
+        stepper(batch(0), 1)
+        biases.append(model.layers[0].moe.router.select.bias.clone())
+    assert torch.equal(*biases)
+    assert biases[0].abs().sum() > 0
+
+
+class Planting(Silent):
+    """Plants a bad weight before a step, once."""
+
+    def __init__(self, step, monkeypatch, lasting=False):
+        self.lines, self.step_number = [], step
+        original = Stepper.__call__
+
+        def call(stepper, given, step):
+            if step == self.step_number and (lasting or not any("left out" in line for line in self.lines)):
+                stepper.model.layers[0].moe.experts.down.data[2, 0, 0] = float("nan")
+            return original(stepper, given, step)
+
+        monkeypatch.setattr(Stepper, "__call__", call)
+
+    def say(self, line):
+        self.lines.append(line)
+
+
+def test_halt_keeps_the_step_and_replay_runs_it_alone(tmp_path, monkeypatch, capsys):
+    recipe, out = tiny_recipe(tmp_path / "text.txt", check_every=1), tmp_path / "run"
+    with pytest.raises(
+        NonFiniteLoss, match=r"layers\.0\.moe\.experts\[2\]\.down.*; the step is kept: moestro replay"
+    ):
+        train_run(recipe, out, progress=Planting(4, monkeypatch))
+    monkeypatch.undo()
+    monkeypatch.setenv("MOESTRO_CACHE", str(tmp_path / "cache"))
+    assert main(["replay", str(out / "repro")]) == 1
+    then, now = capsys.readouterr().out.splitlines()
+    assert then.startswith("then: ")
+    assert "at step 4 (first in weight of layers.0.moe.experts[2].down)" in now
+    assert main(["replay", str(out)]) == 2
+    assert "holds no kept step" in capsys.readouterr().err
+
+
+def test_rollback_goes_back_to_the_last_checkpoint_and_leaves_the_batch_out(tmp_path, monkeypatch):
+    watcher = Planting(5, monkeypatch)
+    recipe = tiny_recipe(
+        tmp_path / "text.txt", steps=8, check_every=1, checkpoint_every=2, on_non_finite="rollback"
+    )
+    result = train_run(recipe, tmp_path / "run", progress=watcher)
+    assert "moe: back to step 4" in watcher.lines
+    assert [record["step"] for record in read_lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4, 6, 7, 8]
+    events = read_lines(tmp_path / "run" / "events.jsonl")
+    assert [(event["step"], event["policy"]) for event in events] == [(5, "rollback")]
+    assert result["validation_bits_per_byte"] < 9
+
+
+def test_skip_leaves_the_batch_out_and_a_fault_that_stays_ends_the_run(tmp_path, monkeypatch):
+    watcher = Planting(3, monkeypatch, lasting=True)
+    recipe = tiny_recipe(tmp_path / "text.txt", steps=40, evaluate_every=50, check_every=1, on_non_finite="skip")
+    with pytest.raises(NonFiniteLoss, match=r"one of 11 in 100 steps, which skip does not mend"):
+        train_run(recipe, tmp_path / "run", progress=watcher)
+    assert sum("skip: the batch is left out" in line for line in watcher.lines) == 10
+
+
+def test_a_validation_loss_that_is_no_number_ends_the_run(tmp_path, monkeypatch):
+    recipe = tiny_recipe(tmp_path / "text.txt", steps=40, evaluate_every=3, check_every=1, on_non_finite="skip")
+    with pytest.raises(NonFiniteLoss, match="the validation loss is nan after step 3"):
+        train_run(recipe, tmp_path / "run", progress=Planting(3, monkeypatch, lasting=True))
+
+
+def test_rollback_without_a_checkpoint_says_so(tmp_path, monkeypatch):
+    recipe = tiny_recipe(tmp_path / "text.txt", check_every=1, on_non_finite="rollback")
+    with pytest.raises(NonFiniteLoss, match=r"no checkpoint to go back to: lower train\.checkpoint_every"):
+        train_run(recipe, tmp_path / "run", progress=Planting(3, monkeypatch))
+
+
+def test_a_spike_is_six_deviations_above_fifty_losses():
+    steady = [2.0 + 0.1 * (-1) ** i for i in range(60)]
+    assert spike(steady, 2.5) is None
+    assert spike(steady, 2.7) == pytest.approx(7.0)
+    assert spike(steady[:19], 99.0) is None
+    assert spike([9.0] * 50 + steady[:50], 2.7) == pytest.approx(7.0)
