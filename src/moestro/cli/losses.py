@@ -36,7 +36,7 @@ def losses(
     kind: str | None = None,
     json: Annotated[bool, Parameter(negative=(), show_default=False)] = False,
 ) -> None:
-    """List what keeps experts busy: losses, controllers and capacity policies.
+    """List what keeps experts busy: losses, controllers, capacities.
 
     Args:
         kind: one kind only: loss, controller or capacity.
