@@ -79,19 +79,27 @@ def main() -> None:
     if theirs is None:
         print("flexmix is not installed here (Debian: apt install r-cran-flexmix); nothing to compare with")
         return
-    model = MixtureOfExpertsRegressor(options.experts, init=np.eye(options.experts)[guess], tol=1e-7)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        seconds = []
-        for _ in range(3):
-            start = time.perf_counter()
-            model.fit(x, y)
-            seconds.append(time.perf_counter() - start)
     print(f"{theirs[0]:<44} log-likelihood {theirs[1]:14.4f} in {theirs[2]:8.3f} s, {theirs[3]} iterations")
-    print(
-        f"{'moestro':<44} log-likelihood {model.loglik_:14.4f} in {min(seconds):8.3f} s, {model.n_iter_} iterations"
-    )
-    print(f"{'times faster':<44} {theirs[2] / min(seconds):8.1f}")
+    for algorithm in ("em", "gem"):
+        ours(algorithm, x, y, np.eye(options.experts)[guess], theirs)
+
+
+def ours(algorithm: str, x: Array, y: Array, start: Array, theirs: tuple[str, float, float, int]) -> None:
+    """Best of three fits that end no lower than R's, and how much faster they are."""
+    for tol in (1e-6, 1e-7, 1e-8):
+        model = MixtureOfExpertsRegressor(start.shape[1], init=start, algorithm=algorithm, tol=tol)
+        seconds = []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            for _ in range(3):
+                begin = time.perf_counter()
+                model.fit(x, y)
+                seconds.append(time.perf_counter() - begin)
+        if model.loglik_ >= theirs[1]:
+            break
+    name, times = f"moestro, algorithm={algorithm!r}, tol={tol:g}", theirs[2] / min(seconds)
+    text = f"{name:<44} log-likelihood {model.loglik_:14.4f} in {min(seconds):8.3f} s, {model.n_iter_} iterations"
+    print(f"{text}: {times:.1f} times faster")
 
 
 if __name__ == "__main__":
