@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from moestro.mixtures.numerics import Array, softmax_rows, solve_positive, upper_indices, weighted_gram
+from moestro.mixtures.numerics import (
+    Array,
+    row_max,
+    row_sum,
+    softmax_rows,
+    solve_positive,
+    upper_indices,
+    weighted_gram,
+)
 
 _LARGEST_NEWTON = 300  # unknowns beyond which the constant bound is cheaper than the Hessian
 
@@ -16,9 +24,8 @@ def log_softmax(u: Array, coef: Array) -> Array:
     """
     logits = np.zeros((len(u), len(coef) + 1))
     np.matmul(u, coef.T, out=logits[:, :-1])
-    top = logits.max(1, keepdims=True)
-    logits -= top
-    logits -= np.log(np.exp(logits).sum(1, keepdims=True))
+    logits -= row_max(logits)[:, None]
+    logits -= np.log(row_sum(np.exp(logits)))[:, None]
     return logits
 
 

@@ -25,15 +25,29 @@ def weighted_moments(x: Array, weight: Array) -> tuple[Array, Array]:
     return center, np.where(constant, 1.0, scale)
 
 
+def row_max(x: Array) -> Array:
+    """Largest entry of each row, `[rows]`: column after column, many times faster than numpy for a few columns."""
+    top = x[:, 0].copy()
+    for column in range(1, x.shape[1]):
+        np.maximum(top, x[:, column], out=top)
+    return top
+
+
+def row_sum(x: Array) -> Array:
+    """Sum of each row, `[rows]`, as a matrix product."""
+    total: Array = x @ np.ones(x.shape[1])
+    return total
+
+
 def softmax_rows(logits: Array) -> tuple[Array, Array]:
     """Row-wise log-sum-exp and normalised exponentials.
 
     Shapes: logits `[rows, experts]` -> `[rows]`, `[rows, experts]`.
     """
-    top = logits.max(axis=1, keepdims=True)
+    top = row_max(logits)[:, None]
     top[~np.isfinite(top)] = 0.0  # a row that no expert can explain
     share = np.exp(logits - top)
-    total = share.sum(axis=1, keepdims=True)
+    total = row_sum(share)[:, None]
     with np.errstate(divide="ignore"):
         log_total = np.log(total)
     empty = total[:, 0] == 0
