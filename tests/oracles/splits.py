@@ -70,9 +70,12 @@ def micro_batches(
 def learn(
     model: Tower, split: Sequence[int], layers: Layers = "sum"
 ) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
-    """Gradients of the router parameters, the auxiliary loss, and the buffers after the controllers' turn."""
+    """Gradients of the router parameters, the auxiliary loss, and the buffers after the controllers' turn.
+
+    One big batch goes without a first pass: its loss is the ordinary one.
+    """
     log, passes = RoutingLog(model, layers=layers), micro_batches(model, split)
-    totals = log.first_pass(passes)
+    totals = log.first_pass(passes) if len(passes) > 1 else None
     value = torch.zeros((), dtype=torch.float64)
     for run in passes:
         with log.recording():

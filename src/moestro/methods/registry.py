@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from moestro.balance.idle import idle_reason
 from moestro.experts import Experts, make_experts
 from moestro.layers import MoE
 
@@ -100,7 +101,7 @@ class Method:
         """The layer around the given experts.
 
         Raises:
-            ValueError: an unknown or missing option, or a value that does not fit; says what the method takes.
+            ValueError: an unknown or missing option, a value that does not fit, or a balance that cannot act.
         """
         known = self.options
         for name in options:
@@ -111,9 +112,18 @@ class Method:
                 raise ValueError(f"{self.name} needs the option {name!r}; {self._takes()}")
         values = {name: known[name].parse(value) for name, value in options.items()}
         moe = self.recipe(experts, **values)
+        self._refuse_idle(moe, values)
         moe.method = self.name
         moe.options = {name: values.get(name, option.default) for name, option in known.items()}
         return moe
+
+    def _refuse_idle(self, moe: MoE, values: dict[str, Any]) -> None:
+        """A balance that someone asked for by name must be able to act."""
+        for name in values.keys() & moe.losses.keys():
+            coefficient, loss = moe.losses[name]
+            reason = idle_reason(loss, moe.router) if coefficient else None
+            if reason:
+                raise ValueError(f"{self.name}: option {name}={values[name]!r} cannot act: {reason}; leave it out")
 
     def bibtex(self) -> str:
         """A BibTeX entry."""
