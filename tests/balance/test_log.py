@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 import moestro
 from moestro.balance import LossFreeBias, RoutingLog
+from moestro.balance.loss import added
 from moestro.layers import MoE
 from moestro.routers import Linear, TokenChoice, TopK, as_is, softmax
 
@@ -38,6 +39,23 @@ def test_auxiliary_loss_is_the_sum_over_layers() -> None:
     loss = model.layers[0].losses["balance"][1]
     assert_close(log.auxiliary_loss(), 0.5 * (loss(decisions[0]) + loss(decisions[1])))
     assert_close(log.losses()["balance"], (loss(decisions[0]) + loss(decisions[1])).detach() / 2)
+
+
+def test_layers_are_summed_averaged_or_pooled() -> None:
+    model = Stack("mixtral", balance=0.5)
+    loss, x = model.layers[0].losses["balance"][1], torch.randn(10, 6)
+    value = {}
+    for layers in ("sum", "mean", "pooled"):
+        log = RoutingLog(model, layers=layers)
+        with log.recording():
+            model(x)
+        value[layers] = log.auxiliary_loss().detach()
+        decisions = [log.decisions[name][0] for name in log.layers]
+        log.close()
+    assert_close(value["mean"], value["sum"] / 2)
+    both = added(loss.sums(decision) for decision in decisions)
+    assert_close(value["pooled"], 0.5 * loss.value(both).detach())
+    assert float((value["pooled"] - value["mean"]).abs()) > 1e-6
 
 
 def test_only_what_runs_inside_is_recorded_and_each_recording_is_fresh() -> None:

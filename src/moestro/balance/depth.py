@@ -19,7 +19,9 @@ class DepthLoss(TokenMean):
         """Raises ValueError for a decision of another kind of router."""
         guess, picked = decision.notes.get("guess"), decision.notes.get("picked")
         if guess is None or picked is None:
-            raise ValueError("this loss needs guesses of who is picked in training, but there are none")
+            raise ValueError(
+                "this loss needs the guesses of a mixture-of-depths router or a predictor, but there are none"
+            )
         each = F.binary_cross_entropy_with_logits(guess, picked.to(guess.dtype), reduction="none")
         return each if each.dim() == 1 else each.mean(1)
 
