@@ -71,6 +71,22 @@ def expert_rules(ours: str, theirs: str, num_experts: int, names: dict[str, str]
     ]
 
 
+def mixture_rules(model: DecoderLM, module: str = "mlp", names: dict[str, str] = PROJECTIONS) -> list[Rule]:
+    """A whole model: frame, attention, dense layers, and routers and experts under `module`."""
+    rules = frame_rules(model)
+    for index, block in enumerate(model.blocks):
+        ours, theirs = layer_names(index)
+        theirs = f"{theirs}.{module}"
+        rules += attention_rules(index, block)
+        if block.moe is None:
+            rules += feed_forward_rules(f"{ours}.ffn", theirs)
+        else:
+            rules.append(same(f"{ours}.moe.router.scorer.weight", f"{theirs}.gate.weight"))
+            num_experts = block.moe.experts.num_experts
+            rules += expert_rules(f"{ours}.moe.experts", f"{theirs}.experts", num_experts, names)
+    return rules
+
+
 def layer_names(index: int) -> tuple[str, str]:
     """Names of one layer, ours and theirs."""
     return f"layers.{index}", f"model.layers.{index}"

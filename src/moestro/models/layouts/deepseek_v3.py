@@ -6,15 +6,7 @@ from typing import Any
 
 from moestro.experts import FeedForward
 from moestro.models.decoder import DecoderLM
-from moestro.models.layouts.common import (
-    PROJECTIONS,
-    attention_rules,
-    common_config,
-    expert_rules,
-    feed_forward_rules,
-    frame_rules,
-    layer_names,
-)
+from moestro.models.layouts.common import common_config, feed_forward_rules, layer_names, mixture_rules
 from moestro.models.layouts.fits import dense_layers, latent, stock_feed_forward
 from moestro.models.layouts.layout import Layout
 from moestro.models.layouts.routing import biased_sigmoid_top_k
@@ -46,20 +38,13 @@ def _routing(model: DecoderLM) -> str | None:
 
 
 def rules(model: DecoderLM) -> list[Rule]:
-    table = frame_rules(model)
+    table = mixture_rules(model)
     for index, block in enumerate(model.blocks):
-        ours, theirs = layer_names(index)
-        theirs += ".mlp"
-        table += attention_rules(index, block)
         if block.moe is None:
-            table += feed_forward_rules(f"{ours}.ffn", theirs)
             continue
-        table.append(same(f"{ours}.moe.router.scorer.weight", f"{theirs}.gate.weight"))
-        table.append(same(f"{ours}.moe.router.select.bias", f"{theirs}.gate.e_score_correction_bias"))
-        table += expert_rules(
-            f"{ours}.moe.experts", f"{theirs}.experts", block.moe.experts.num_experts, PROJECTIONS
-        )
-        table += feed_forward_rules(f"{ours}.moe.shared", f"{theirs}.shared_experts")
+        ours, theirs = layer_names(index)
+        table.append(same(f"{ours}.moe.router.select.bias", f"{theirs}.mlp.gate.e_score_correction_bias"))
+        table += feed_forward_rules(f"{ours}.moe.shared", f"{theirs}.mlp.shared_experts")
     return table
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from moestro.models.decoder import DecoderLM
-from moestro.models.layouts.common import common_config
+from moestro.models.layouts.common import common_config, mixture_rules
 from moestro.models.layouts.fits import grouped_query, qk_norm_is, stock_feed_forward
 from moestro.models.layouts.layout import Layout
-from moestro.models.layouts.qwen3_moe import rules
 
 
 def llama_misfit(model: DecoderLM) -> str | None:
@@ -23,6 +22,5 @@ def config(model: DecoderLM) -> dict[str, Any]:
     return common_config(model) | {"head_dim": model.config["head_dim"], "attention_bias": False}
 
 
-# tensors are called as in the dense layers of Qwen3-MoE
-LLAMA = Layout("Llama", "llama", "LlamaForCausalLM", llama_misfit, rules, config)
-QWEN3 = Layout("Qwen3", "qwen3", "Qwen3ForCausalLM", qwen3_misfit, rules, config)
+LLAMA = Layout("Llama", "llama", "LlamaForCausalLM", llama_misfit, mixture_rules, config)
+QWEN3 = Layout("Qwen3", "qwen3", "Qwen3ForCausalLM", qwen3_misfit, mixture_rules, config)

@@ -40,5 +40,10 @@ def heads_fill_width(model: DecoderLM) -> str | None:
     return f"its heads fill the width {config['width']}, not {config['num_heads']} x {config['head_dim']}"
 
 
+def all_mixtures(model: DecoderLM, layout: str) -> str | None:
+    dense = dense_layers(model)
+    return f"{layout} has no dense layers but layers {dense} are" if dense else None
+
+
 def dense_layers(model: DecoderLM) -> list[int]:
     return [index for index, block in enumerate(model.blocks) if block.moe is None]

@@ -5,17 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from moestro.models.decoder import DecoderLM
-from moestro.models.layouts.common import (
-    attention_rules,
-    common_config,
-    expert_rules,
-    frame_rules,
-    layer_names,
-)
-from moestro.models.layouts.fits import dense_layers, grouped_query, qk_norm_is, stock_feed_forward
+from moestro.models.layouts.common import common_config, mixture_rules
+from moestro.models.layouts.fits import all_mixtures, grouped_query, qk_norm_is, stock_feed_forward
 from moestro.models.layouts.layout import Layout
 from moestro.models.layouts.routing import SoftmaxTopK, softmax_top_k
-from moestro.models.layouts.rules import Rule, same
+from moestro.models.layouts.rules import Rule
 
 EXPERT_NAMES = {"gate": "w1", "up": "w3", "down": "w2"}
 
@@ -25,7 +19,7 @@ def misfit(model: DecoderLM) -> str | None:
         stock_feed_forward(model)
         or grouped_query(model)
         or qk_norm_is(model, "none", "Mixtral")
-        or (f"Mixtral has no dense layers but layers {dense_layers(model)} are" if dense_layers(model) else None)
+        or all_mixtures(model, "Mixtral")
         or (None if _routing(model) else "Mixtral routes by softmax and top-k, weights normalised to one")
     )
 
@@ -36,14 +30,7 @@ def _routing(model: DecoderLM) -> SoftmaxTopK | None:
 
 
 def rules(model: DecoderLM) -> list[Rule]:
-    table = frame_rules(model)
-    for index, block in enumerate(model.blocks):
-        ours, theirs = layer_names(index)
-        theirs += ".block_sparse_moe"
-        table += attention_rules(index, block)
-        table.append(same(f"{ours}.moe.router.scorer.weight", f"{theirs}.gate.weight"))
-        table += expert_rules(f"{ours}.moe.experts", f"{theirs}.experts", model.config["num_experts"], EXPERT_NAMES)
-    return table
+    return mixture_rules(model, "block_sparse_moe", EXPERT_NAMES)
 
 
 def config(model: DecoderLM) -> dict[str, Any]:

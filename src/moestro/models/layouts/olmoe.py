@@ -5,16 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from moestro.models.decoder import DecoderLM
-from moestro.models.layouts.common import common_config
+from moestro.models.layouts.common import common_config, mixture_rules
 from moestro.models.layouts.fits import (
-    dense_layers,
+    all_mixtures,
     grouped_query,
     heads_fill_width,
     qk_norm_is,
     stock_feed_forward,
 )
 from moestro.models.layouts.layout import Layout
-from moestro.models.layouts.qwen3_moe import rules
 from moestro.models.layouts.routing import softmax_top_k
 
 
@@ -24,7 +23,7 @@ def misfit(model: DecoderLM) -> str | None:
         or grouped_query(model)
         or qk_norm_is(model, "full", "OLMoE")
         or heads_fill_width(model)
-        or (f"OLMoE has no dense layers but layers {dense_layers(model)} are" if dense_layers(model) else None)
+        or all_mixtures(model, "OLMoE")
         or (None if softmax_top_k(model) else "OLMoE routes by softmax and top-k")
     )
 
@@ -41,5 +40,4 @@ def config(model: DecoderLM) -> dict[str, Any]:
     }
 
 
-# tensors are called as in Qwen3-MoE; the norms differ in size only
-OLMOE = Layout("OLMoE", "olmoe", "OlmoeForCausalLM", misfit, rules, config)
+OLMOE = Layout("OLMoE", "olmoe", "OlmoeForCausalLM", misfit, mixture_rules, config)

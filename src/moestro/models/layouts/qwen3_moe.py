@@ -5,19 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from moestro.models.decoder import DecoderLM
-from moestro.models.layouts.common import (
-    PROJECTIONS,
-    attention_rules,
-    common_config,
-    expert_rules,
-    feed_forward_rules,
-    frame_rules,
-    layer_names,
-)
+from moestro.models.layouts.common import common_config, mixture_rules
 from moestro.models.layouts.fits import dense_layers, grouped_query, qk_norm_is, stock_feed_forward
 from moestro.models.layouts.layout import Layout
 from moestro.models.layouts.routing import softmax_top_k
-from moestro.models.layouts.rules import Rule, same
 
 
 def misfit(model: DecoderLM) -> str | None:
@@ -27,20 +18,6 @@ def misfit(model: DecoderLM) -> str | None:
         or qk_norm_is(model, "head", "Qwen3-MoE")
         or (None if softmax_top_k(model) else "Qwen3-MoE routes by softmax and top-k")
     )
-
-
-def rules(model: DecoderLM) -> list[Rule]:
-    table = frame_rules(model)
-    for index, block in enumerate(model.blocks):
-        ours, theirs = layer_names(index)
-        table += attention_rules(index, block)
-        if block.moe is None:
-            table += feed_forward_rules(f"{ours}.ffn", f"{theirs}.mlp")
-        else:
-            table.append(same(f"{ours}.moe.router.scorer.weight", f"{theirs}.mlp.gate.weight"))
-            experts = block.moe.experts.num_experts
-            table += expert_rules(f"{ours}.moe.experts", f"{theirs}.mlp.experts", experts, PROJECTIONS)
-    return table
 
 
 def config(model: DecoderLM) -> dict[str, Any]:
@@ -58,4 +35,4 @@ def config(model: DecoderLM) -> dict[str, Any]:
     }
 
 
-QWEN3_MOE = Layout("Qwen3-MoE", "qwen3_moe", "Qwen3MoeForCausalLM", misfit, rules, config)
+QWEN3_MOE = Layout("Qwen3-MoE", "qwen3_moe", "Qwen3MoeForCausalLM", misfit, mixture_rules, config)
