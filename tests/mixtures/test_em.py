@@ -70,7 +70,8 @@ def problems(count):
             )
         yield MixtureOfExpertsRegressor(expert=ConstantExpert(KINDS[seed % 6]), **shape, **common), seed, "gaussian"
         for expert in [name for name in CLASSIFICATION_EXPERTS if name != "constant"]:
-            yield MixtureOfExpertsClassifier(expert=expert, **shape, **common), seed, expert
+            classes = "logistic" if expert == "logistic" else "multinomial"
+            yield MixtureOfExpertsClassifier(expert=expert, **shape, **common), seed, classes
 
 
 def assert_climbs(count):
