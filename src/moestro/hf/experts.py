@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import types
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moestro.experts.fused import rounding_of, run_fused
 from moestro.experts.stacked import StackedLinear
 from moestro.hf.families import find_layers
 from moestro.kernels import as_autocast
@@ -35,7 +38,12 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     keep = top_k_index < self.num_experts if self._is_expert_parallel else None
     routing = SparseRouting.from_choice(top_k_index, top_k_weights, self.num_experts, keep)
     up = self.gate_up_proj if self.has_gate else self.up_proj
-    rows = routing.dispatch(_in_dtype_of(hidden_states, up))
+    x = _in_dtype_of(hidden_states, up)
+    fused = _as_swiglu(self)
+    rounding = None if fused is None else rounding_of(fused, x)
+    if fused is not None and rounding is not None:
+        return run_fused(fused, x, routing, rounding).to(hidden_states.dtype)
+    rows = routing.dispatch(x)
     apply = StackedLinear(routing.offsets, "auto")
     up_bias, down_bias = _biases(self)
     hidden = apply(rows, up if self.is_transposed else up.transpose(1, 2), up_bias)
@@ -45,6 +53,36 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     if self.has_post_expert_norm:
         rows = self.post_expert_norm(rows)
     return routing.combine(rows).to(hidden_states.dtype)
+
+
+@dataclass
+class SwiGLUView:
+    """The weights of a foreign bank in the places of our GLU bank, as views, for the fused operator."""
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+    gate_bias: None = None
+    up_bias: None = None
+    down_bias: None = None
+    activation: str = "swiglu"
+    kernel: str = "auto"
+    recompute: bool = False
+
+
+def _as_swiglu(experts: Any) -> SwiGLUView | None:
+    """The bank's view if it is `(silu(x W_gate) * (x W_up)) W_down`, as in most families; else None."""
+    from transformers.activations import ACT2FN
+    from transformers.integrations.moe import _default_apply_gate
+
+    plain = experts.has_gate and getattr(type(experts), "_apply_gate", None) is _default_apply_gate
+    act = getattr(experts, "act_fn", None)
+    silu = act is F.silu or isinstance(act, nn.SiLU | type(ACT2FN["silu"]))
+    odd = experts.has_bias or experts.has_post_expert_norm or experts.is_transposed
+    if not plain or not silu or odd:
+        return None
+    gate, up = experts.gate_up_proj.unflatten(1, (2, -1)).unbind(1)  # [experts, hidden, width] each
+    return SwiGLUView(gate.transpose(1, 2), up.transpose(1, 2), experts.down_proj.transpose(1, 2))
 
 
 def _biases(experts: Any) -> tuple[Tensor | None, Tensor | None]:
