@@ -52,7 +52,7 @@ SEEDED = {
 
 
 @pytest.mark.parametrize("defect", SEEDED)
-def test_a_seeded_defect_is_found_and_its_line_mends_it(defect):
+def test_a_seeded_defect_is_found_and_its_line_mends_it(defect, tmp_path):
     family, settings = SEEDED[defect]
     model = tiny_model(family, **settings)
     found = {finding.name: finding for finding in diagnose(model)}
@@ -61,7 +61,7 @@ def test_a_seeded_defect_is_found_and_its_line_mends_it(defect):
     line = found[defect].mend
     if "Trainer(" in line:
         line = line.replace("Trainer(...", "Trainer(model, arguments")
-    arguments = transformers.TrainingArguments(output_dir="unused", report_to=[], use_cpu=True)
+    arguments = transformers.TrainingArguments(output_dir=str(tmp_path / "unused"), report_to=[], use_cpu=True)
     trainer = type("Trainer", (BalancedTrainer, transformers.Trainer), {})
     exec(line, {"model": model, "moestro": moestro, "Trainer": trainer, "arguments": arguments})
     assert defect not in names(model)

@@ -47,21 +47,73 @@ def test_logits_and_gradients_equal_the_eager_path(family):
     assert all(torch.equal(again[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize("family", EQUALS)
-def test_bfloat16_differs_from_the_eager_path_less_than_that_from_float32(family):
-    model = tiny_model(family, hidden=17).to(torch.bfloat16)
+def in_bfloat16(family, seed):
+    """Logits and gradients of our path and of eager's in bfloat16, and eager's in float32 with the same weights."""
+    model = tiny_model(family, hidden=17, seed=seed).to(torch.bfloat16)
     batch = tiny_batch(model, batch=1, length=7)
     theirs = outputs_and_gradients(model, batch)
     ours = outputs_and_gradients(use_experts(model), batch)
-    exact = outputs_and_gradients(use_experts(model, "eager").float(), batch)
+    return ours, theirs, outputs_and_gradients(use_experts(model, "eager").float(), batch)
+
+
+@pytest.mark.parametrize("family", EQUALS)
+def test_bfloat16_differs_from_the_eager_path_less_than_that_from_float32(family):
+    ours, theirs, exact = in_bfloat16(family, seed=0)
     assert distance(ours["logits"], theirs["logits"]) < 2e-2
     # through two layers of attention both round more: eager itself is 0.02 to 0.1 away from float32 there
 
     def allowed(name):
-        own = distance(theirs[name], exact[name])  # how far eager's bfloat16 is from float32
+        own = distance(theirs[name], exact[name])
         return max(2e-2 if ".experts." in name else 5e-2, 1.5 * own)
 
     assert too_far(ours, theirs, allowed) == {}
+
+
+def test_bfloat16_is_as_near_to_float32_as_the_eager_path_over_many_draws():
+    # flex_olmo, because there the two paths differ most (gate_up_proj 0.027, seed 0). One draw is luck: ours is
+    # 0.3 to 1.6 times as far from float32 as eager; over 16 draws 0.86 times, in the experts alone 0.94 times.
+    draws = [in_bfloat16("flex_olmo", seed) for seed in range(8)]
+    for part in ("", ".experts."):
+        ours, theirs = (
+            sum(distance(draw[i][name], draw[2][name]) for draw in draws for name in draw[2] if part in name)
+            for i in (0, 1)
+        )
+        assert theirs > 0.1
+        assert ours < 1.2 * theirs
+
+
+@pytest.mark.parametrize("family", ["flex_olmo", "qwen3_moe"])
+def test_one_bank_in_bfloat16_rounds_no_more_than_the_eager_path(family):
+    """Averaged over draws with the choices given, so that neither luck nor a changed choice hides a rounding."""
+    bank = next(iter(find_layers(tiny_model(family, hidden=17)).values())).experts.to(torch.bfloat16)
+    eager = type(bank).forward
+    errors = []
+    for _ in range(12):
+        for p in bank.parameters():
+            p.data.normal_(0.0, 0.2)
+        x, probe = torch.randn(2, 40, 24).to(torch.bfloat16)
+        drawn = x, probe, torch.rand(40, 6).topk(2).indices, torch.rand(40, 2).to(torch.bfloat16)
+        exact = bank_gradients(bank, eager, drawn, torch.float64)
+        errors.append(
+            [
+                [
+                    distance(y, z)
+                    for y, z in zip(bank_gradients(bank, forward, drawn, torch.bfloat16), exact, strict=True)
+                ]
+                for forward in (moestro.hf.experts_forward, eager)
+            ]
+        )
+    ours, theirs = torch.tensor(errors).mean(0)
+    assert (theirs > 1e-3).all()
+    assert (ours < 1.2 * theirs).all(), (ours, theirs)
+
+
+def bank_gradients(bank, forward, drawn, dtype):
+    """The output, and the gradients of rows, weights and parameters, in a dtype."""
+    x, probe, index, weight = drawn
+    bank, inputs = bank.to(dtype), [each.to(dtype).requires_grad_() for each in (x, weight)]
+    y = forward(bank, inputs[0], index, inputs[1])
+    return [y, *torch.autograd.grad((y * probe.to(dtype)).sum(), [*inputs, *bank.parameters()])]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -33,7 +33,8 @@ class Decision:
             `device` `[tokens]` the device that each token lives on (absent = unknown);
             `noisy_logits` and `noise_std` `[tokens, experts]` of routers with noise on their logits;
             `shared_weight` `[tokens]` weight of the shared expert (absent = 1);
-            `bias` `[experts]` added to the scores for selection only.
+            `bias` `[experts]` added to the scores for selection only;
+            `group` `[experts]` the group of each expert, where a router first chooses groups (absent = none).
     """
 
     routing: Routing
