@@ -5,7 +5,7 @@ from moestro.experts.affine import AffineExperts
 from moestro.experts.bank import make_experts
 from moestro.experts.base import Experts
 from moestro.experts.concat import ConcatExperts
-from moestro.experts.fused import all_kernels
+from moestro.experts.fused import all_kernels, is_fused
 from moestro.experts.glu import GLU
 from moestro.experts.mlp import MLP
 from moestro.experts.modules import ModuleExperts
@@ -31,6 +31,7 @@ __all__ = [
     "TensorError",
     "ZeroExperts",
     "all_kernels",
+    "is_fused",
     "is_gated",
     "make_experts",
     "quantise",

@@ -43,6 +43,13 @@ def check_kernel(name: str, recompute: bool = False) -> str:
     return name
 
 
+def is_fused(bank: object, device_type: str) -> bool:
+    """Whether the fused operator runs a bank there: stacked, on a CPU, with a kernel that allows it."""
+    return (
+        device_type == "cpu" and hasattr(bank, "recompute") and getattr(bank, "kernel", None) in ("auto", *KERNELS)
+    )
+
+
 def rounding_of(bank: Stacked, x: Tensor) -> str | None:
     """The rounding with which the fused operator runs this bank on these rows; None = it does not."""
     if bank.kernel not in ("auto", *KERNELS):

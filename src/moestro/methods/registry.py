@@ -118,8 +118,12 @@ class Method:
         return moe
 
     def _refuse_idle(self, moe: MoE, values: dict[str, Any]) -> None:
-        """A balance that someone asked for by name must be able to act."""
-        for name in values.keys() & moe.losses.keys():
+        """A balance that someone asked for, other than by the method's default, must be able to act.
+
+        Defaults pass: a layer is rebuilt from its saved options, which name them all.
+        """
+        asked = {name for name, value in values.items() if value != self.options[name].default}
+        for name in asked & moe.losses.keys():
             coefficient, loss = moe.losses[name]
             reason = idle_reason(loss, moe.router) if coefficient else None
             if reason:

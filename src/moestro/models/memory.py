@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from moestro.experts import is_gated
+from moestro.experts import is_fused, is_gated
+from moestro.layers import MoE
 from moestro.models.attend import SHORT
 from moestro.models.attention import GroupedQueryAttention
 from moestro.models.decoder import Attention, Block, DecoderLM
@@ -76,8 +77,20 @@ class Activations:
         moe = block.moe
         assert moe is not None
         shared = 0 if moe.shared is None else self._hidden(moe.shared, width)
-        routed = moe.top_k * (self._hidden(moe.experts, width) + 2 * width * self.size)
-        return round(routed) + shared + 16 * moe.router.num_experts  # logits, gate, sort and its index
+        return round(self._routed(moe, width)) + shared + 16 * moe.router.num_experts  # logits, gate, sort, index
+
+    def _routed(self, moe: MoE, width: int) -> float:
+        """What the experts keep of a token: dispatched rows and hidden states, or if fused what they multiply."""
+        if not self.fused(moe):
+            return moe.top_k * (self._hidden(moe.experts, width) + 2 * width * self.size)
+        bank: Any = moe.experts
+        states = 0 if bank.recompute else (2 if is_gated(bank.activation) else 1) * bank.hidden
+        copy = width if self.size < 4 else 0
+        return self.size * (moe.top_k * states + copy)
+
+    def fused(self, moe: MoE) -> bool:
+        """Whether the experts run as one operator, which also casts weights one expert at a time."""
+        return is_fused(moe.experts, "cpu" if self.on_cpu else "other")
 
     def _hidden(self, network: Any, width: int) -> int:
         """Hidden states of one gated or plain network; under autocast each of its inputs is a copy."""

@@ -61,14 +61,21 @@ def plan(
     counts, tokens = model.parameter_counts(), batch_size * length
     weight = model.embedding.weight
     on_cpu = (device or weight.device.type).split(":")[0] == "cpu"
-    activations = Activations(precision.itemsize, length, on_cpu)
+    size = precision.itemsize
+    activations = Activations(size, length, on_cpu)
     weight_bytes = counts.total * weight.element_size()
     memory = {
         "weights": weight_bytes,
         "gradients": weight_bytes,
         "optimiser": 2 * weight_bytes,
-        "casts": counts.total * precision.itemsize if precision != torch.float32 else 0,
+        "casts": (counts.total - _cast_in_place(model, activations)) * size if size < 4 else 0,
         "activations": tokens * activations.model(model),
         "logits": tokens * activations.head(model),
     }
     return Plan(counts, model.flops_per_token(length), memory, tokens)
+
+
+def _cast_in_place(model: DecoderLM, activations: Activations) -> int:
+    """Parameters that are never cast as a whole: those of fused experts."""
+    moes = [block.moe for block in model.blocks if block.moe is not None and activations.fused(block.moe)]
+    return sum(p.numel() for moe in moes for p in moe.experts.parameters())
