@@ -24,6 +24,7 @@ COMMANDS = (
     ("checkpoints", "checkpoints", "List the checkpoints of a run, and verify them."),
     ("replay", "replay", "Run a step that met a bad number once more, alone."),
     ("report", "report", "Write the page that shows what the experts of a run did."),
+    ("inspect", "inspect", "Run a model over a text and show what its experts do."),
     ("doctor", "doctor", "Say which known defects training a transformers model would meet."),
     ("methods", "methods", "List the routing methods and the papers they follow."),
     ("losses", "losses", "List what keeps experts busy: losses, controllers, capacities."),

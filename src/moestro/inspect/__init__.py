@@ -5,18 +5,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moestro.inspect.model_page import write_model_page
     from moestro.inspect.report import write_report
     from moestro.inspect.specialisation import SpecialisationCounter
     from moestro.inspect.statistics import LayerTally, layer_statistics, routing_record
     from moestro.inspect.strip import load_strip
     from moestro.inspect.study_page import write_study_page
+    from moestro.inspect.survey import Survey
 
 _HOMES = {
     "LayerTally": "statistics",
     "SpecialisationCounter": "specialisation",
+    "Survey": "survey",
     "layer_statistics": "statistics",
     "load_strip": "strip",
     "routing_record": "statistics",
+    "write_model_page": "model_page",
     "write_report": "report",
     "write_study_page": "study_page",
 }
@@ -24,9 +28,11 @@ _HOMES = {
 __all__ = [
     "LayerTally",
     "SpecialisationCounter",
+    "Survey",
     "layer_statistics",
     "load_strip",
     "routing_record",
+    "write_model_page",
     "write_report",
     "write_study_page",
 ]

@@ -97,7 +97,7 @@ def load_over_time(steps: Sequence[int], loads: Sequence[Sequence[float]]) -> Sp
     spec = figure_spec(go.Figure(heat), "step", "expert", max(190, min(130 + 9 * num_experts, 560)))
     spec["layout"]["coloraxis"] = {"cmin": 0, "cmax": 2, "colorbar": _bar(["0", "½×", "fair", "1½×", "≥ 2×"], 0.5)}
     spec["layout"]["meta"] = {"scale": "diverging"}
-    spec["layout"]["yaxis"] |= {"showgrid": False, "dtick": _tick(num_experts), "autorange": "reversed"}
+    spec["layout"]["yaxis"] |= {"showgrid": False, "dtick": expert_tick(num_experts), "autorange": "reversed"}
     spec["layout"]["xaxis"]["showgrid"] = False
     return spec
 
@@ -125,7 +125,7 @@ def final_load(load: Sequence[float], dead: Sequence[int]) -> Spec:
     figure = go.Figure(bars)
     figure.add_hline(y=fair, line={"dash": "dash", "width": 1.5, "color": TWIN})
     spec = figure_spec(figure, "expert", "% of the choices", 230)
-    spec["layout"]["xaxis"] |= {"dtick": _tick(len(load)), "showgrid": False}
+    spec["layout"]["xaxis"] |= {"dtick": expert_tick(len(load)), "showgrid": False}
     spec["layout"]["yaxis"]["range"] = [0, 1.12 * max(*percent, 1.6 * fair)]
     spec["layout"]["bargap"] = 0.18
     return spec
@@ -136,7 +136,7 @@ def lines_per_layer(curves: Mapping[str, Series], unit: str, ceiling: tuple[floa
     import plotly.graph_objects as go
 
     figure = go.Figure()
-    for (name, (steps, values)), colour in zip(curves.items(), _by_depth(len(curves)), strict=True):
+    for (name, (steps, values)), colour in zip(curves.items(), by_depth(len(curves)), strict=True):
         times, columns = pooled([int(step) for step in steps], [[value] for value in values], 4 * _COLUMNS)
         figure.add_scatter(
             x=times, y=[column[0] for column in columns], name=html.escape(name), line={"color": colour, "width": 2}
@@ -189,7 +189,12 @@ def domains_by_expert(shares: Sequence[Sequence[float]], domains: Sequence[str],
     spec["layout"]["coloraxis"] = {"cmin": 0, "cmax": 100 * most, "showscale": False}
     spec["layout"]["meta"] = {"scale": "sequential"}
     spec["layout"]["xaxis"] |= {"type": "category", "showgrid": False, "side": "top", "ticks": ""}
-    spec["layout"]["yaxis"] |= {"type": "category", "showgrid": False, "dtick": _tick(num_experts, 64), "ticks": ""}
+    spec["layout"]["yaxis"] |= {
+        "type": "category",
+        "showgrid": False,
+        "dtick": expert_tick(num_experts, 64),
+        "ticks": "",
+    }
     spec["layout"]["margin"] |= {"t": 28, "b": 8}
     return spec
 
@@ -227,12 +232,12 @@ def _bar(labels: Sequence[str], step: float) -> dict[str, Any]:
     return {"thickness": 8, "outlinewidth": 0, "tickvals": values, "ticktext": list(labels), "ticks": "", "len": 1}
 
 
-def _tick(num_experts: int, most: int = 16) -> int:
+def expert_tick(num_experts: int, most: int = 16) -> int:
     """Distance of labelled experts so that at most `most` are."""
     return 2 ** max(math.ceil(math.log2(num_experts / most)), 0) if num_experts else 1
 
 
-def _by_depth(count: int) -> list[str]:
+def by_depth(count: int) -> list[str]:
     if count <= 1:
         return [_DEPTHS[1]] * count
     from plotly.colors import sample_colorscale

@@ -126,7 +126,7 @@ def chosen_pairs(decision: Decision) -> tuple[Tensor, Tensor, Tensor]:
     return token[counted], expert[counted].long(), amount[counted]
 
 
-def _probabilities(decision: Decision, valid: Tensor) -> Tensor | None:
+def probabilities(decision: Decision, valid: Tensor) -> Tensor | None:
     """The router's scores as probabilities, `[valid tokens, experts]`, rows summing to 1."""
     probs = decision.probs
     if probs is None or probs.dim() != 2 or len(probs) != len(valid):
@@ -136,12 +136,12 @@ def _probabilities(decision: Decision, valid: Tensor) -> Tensor | None:
 
 
 def _entropy(decision: Decision, valid: Tensor) -> Tensor | None:
-    probs = _probabilities(decision, valid)
+    probs = probabilities(decision, valid)
     return None if probs is None else torch.special.entr(probs).sum(-1)
 
 
 def _margin(decision: Decision, valid: Tensor) -> Tensor | None:
-    choice, probs = decision.notes.get("choice"), _probabilities(decision, valid)
+    choice, probs = decision.notes.get("choice"), probabilities(decision, valid)
     if choice is None or probs is None or not 0 < choice.shape[1] < probs.shape[1]:
         return None
     k = choice.shape[1]
