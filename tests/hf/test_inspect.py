@@ -1,6 +1,8 @@
 """`moestro inspect` on folders of transformers and of our own: pages, numbers, refusals."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -162,6 +164,24 @@ def test_bad_input_is_one_sentence(arguments, message, folder, text, capsys, mon
     assert message in error
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_the_python_of_the_page_runs(capsys):
+    page = (Path(__file__).parents[2] / "docs" / "inspect.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    model = tiny_model("mixtral", vocab_size=256)
+    exec(
+        compile(block, "inspect.md", "exec"),
+        {"model": model, "batch": tiny_batch(model), "tokenizer": ByteTokenizer()},
+    )
+    assert sum(json.loads(capsys.readouterr().out)) == pytest.approx(1, abs=1e-4)
+
+
+def test_the_page_names_every_number(folder, text):
+    page = (Path(__file__).parents[2] / "docs" / "inspect.md").read_text()
+    plain = {"name", "label", "tokens", "experts_per_token", "num_experts", "margin", "dropped", "constant_weight"}
+    (layer, *_) = inspect_folder(folder, [str(text)], tokens=64, length=32)["layers"]
+    assert all(f"`{key}`" in page for key in layer.keys() - plain)
 
 
 def test_dense_and_huge_models_are_refused(tmp_path, folder, monkeypatch):

@@ -68,7 +68,7 @@ def render_model_page(found: Mapping[str, Any]) -> str:
         style=Markup((_TEMPLATE / "report.css").read_text(encoding="utf-8")),
         script=Markup((_TEMPLATE / "report.js").read_text(encoding="utf-8")),
         plotly=Markup(pictures.plotly_script()),
-        name=Path(found["model"]["folder"]).resolve().name,
+        name=_name(Path(found["model"]["folder"]).resolve()),
         model=found["model"],
         text=found["text"],
         findings=found["findings"],
@@ -88,6 +88,11 @@ def render_model_page(found: Mapping[str, Any]) -> str:
             for layer in likes
         ],
     )
+
+
+def _name(folder: Path) -> str:
+    """Of the folder, or of the run that keeps its model in `model/`."""
+    return folder.parent.name if folder.name == "model" else folder.name
 
 
 def _lift(pairs: Mapping[str, Any]) -> dict[str, Any]:
