@@ -38,7 +38,7 @@ def inspect(
     batch_size: Whole = 8,
     json: Annotated[bool, Parameter(negative=(), show_default=False)] = False,
 ) -> None:
-    """Run a model over some text and show what its experts do.
+    """Run a model over a text and show what its experts do.
 
     Writes a page and, beside it, the same numbers as JSON.
 
