@@ -96,7 +96,8 @@ def _name(folder: Path) -> str:
 
 
 def _lift(pairs: Mapping[str, Any]) -> dict[str, Any]:
-    return model_pictures.pair_map(pairs["experts"], pairs["lift"], most=2.0, middle=1.0)
+    labels = {0.0: "0", 0.5: "½×", 1.0: "blind", 1.5: "1½×", 2.0: "≥ 2×"}
+    return model_pictures.pair_map(pairs["experts"], pairs["lift"], most=2.0, middle=1.0, labels=labels)
 
 
 def _alike(layers: list[dict[str, Any]], kind: str) -> list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]:

@@ -59,7 +59,7 @@ def load_and_mass(layer: Mapping[str, Any]) -> Spec:
         )
     figure.add_hline(y=100 / count, line={"dash": "dash", "width": 1.5, "color": "#8b8f98"})
     spec = figure_spec(figure, "expert", "%", 230)
-    spec["layout"]["xaxis"] |= {"dtick": expert_tick(count), "showgrid": False}
+    spec["layout"]["xaxis"] |= {"dtick": expert_tick(count), "showgrid": False, "range": [-0.6, count - 0.4]}
     spec["layout"]["yaxis"]["rangemode"] = "tozero"
     spec["layout"] |= {"bargap": 0.18, "margin": spec["layout"]["margin"] | {"t": 30}}
     return spec
@@ -93,14 +93,21 @@ def coverage_curves(layers: Sequence[Mapping[str, Any]]) -> Spec:
     return spec
 
 
-def pair_map(experts: Sequence[int], matrix: Sequence[Sequence[float]], most: float, middle: float | None) -> Spec:
+def pair_map(
+    experts: Sequence[int],
+    matrix: Sequence[Sequence[float]],
+    most: float,
+    middle: float,
+    labels: Mapping[float, str] | None = None,
+) -> Spec:
     """Heat map expert × expert, the diagonal left blank.
 
     Args:
         experts: their numbers.
         matrix: a value per pair.
-        most: the value of the darkest colour.
-        middle: the value of the faintest colour; None = 0 is, and nothing lies below.
+        most: the value of the darkest blue.
+        middle: the value of the faintest colour; the darkest orange lies as far below it as `most` above.
+        labels: of the colour bar, by value.
     """
     import plotly.graph_objects as go
 
@@ -110,9 +117,11 @@ def pair_map(experts: Sequence[int], matrix: Sequence[Sequence[float]], most: fl
         x=names, y=names, z=cells, coloraxis="coloraxis", hovertemplate="%{y} and %{x}: %{z:.2f}<extra></extra>"
     )
     spec = figure_spec(go.Figure(heat), "expert", "expert", 330)
-    low = 0.0 if middle is None else 2 * middle - most
-    spec["layout"]["coloraxis"] = {"cmin": low, "cmax": most, "colorbar": {"thickness": 8, "outlinewidth": 0}}
-    spec["layout"]["meta"] = {"scale": "sequential" if middle is None else "diverging"}
+    bar: dict[str, Any] = {"thickness": 8, "outlinewidth": 0}
+    if labels is not None:
+        bar |= {"tickvals": list(labels), "ticktext": list(labels.values()), "ticks": ""}
+    spec["layout"]["coloraxis"] = {"cmin": 2 * middle - most, "cmax": most, "colorbar": bar}
+    spec["layout"]["meta"] = {"scale": "diverging"}
     axis = {"type": "category", "showgrid": False, "ticks": "", "dtick": expert_tick(len(names))}
     spec["layout"]["xaxis"] |= axis
     spec["layout"]["yaxis"] |= axis | {"autorange": "reversed"}
