@@ -140,12 +140,13 @@ def test_the_next_layer_is_foreseen_as_a_loop_foresees_it():
 
 
 def test_a_layer_that_copies_the_one_before_is_foreseen_wholly():
-    whole = decision(2, padding=0)
+    whole = decision(2, padding=TOKENS // 2)
     first, second = survey_of(whole, whole)[1]()["layers"]
+    assert first["next_layer"]["guesses"] == TOP_K  # padding chooses nothing and does not count
     assert first["next_layer"]["recall"] == 1.0
     assert first["next_layer"]["layer"] == second["name"]
     assert second["next_layer"] is None
-    independent = survey_of(whole, decision(3, padding=0))[1]()["layers"][0]["next_layer"]
+    independent = survey_of(decision(2, padding=0), decision(3, padding=0))[1]()["layers"][0]["next_layer"]
     assert independent["recall"] < 0.5
 
 
