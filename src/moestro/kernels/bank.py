@@ -231,8 +231,8 @@ def _(
     rounding: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    pairs = len(x if token is None else token)
-    rows = most_rows(pairs, len(up), ROUNDINGS[rounding]) if keep else 0
+    pairs = (x if token is None else token).shape[0]  # len() would make a number of a symbol
+    rows = most_rows(pairs, up.shape[0], ROUNDINGS[rounding]) if keep else 0
     return (
         x.new_empty(x.shape),
         x.new_empty(rows if gate is not None else 0, up.shape[2]),

@@ -12,12 +12,12 @@ _DTYPES = (torch.float32, torch.bfloat16)
 def suits_few(rows: Tensor, weight: Tensor, pairs: int) -> bool:
     """Whether `gathered_product` takes these tensors and wins: few pairs on a CPU, and no gradient asked for."""
     return (
-        pairs <= FEW_PAIRS
+        not torch.compiler.is_compiling()  # asked first: a compiled graph serves every number of pairs
+        and pairs <= FEW_PAIRS
         and rows.device.type == "cpu"
         and rows.dtype == weight.dtype
         and rows.dtype in _DTYPES
         and weight.is_contiguous()
-        and not torch.compiler.is_compiling()
         and not (torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad))
     )
 

@@ -150,7 +150,8 @@ def _chunks(sizes: list[int], tile: int | None) -> tuple[list[Chunk], int]:
 
 def most_rows(pairs: int, num_experts: int, rounding: Rounding) -> int:
     """A bound on the rows of a plan that does not depend on who chose whom."""
-    return pairs + (rounding.step - 1) * min(pairs, num_experts)
+    most: int = pairs + (rounding.step - 1) * torch.sym_min(pairs, num_experts)
+    return most
 
 
 def _few_sizes(count: int) -> int:

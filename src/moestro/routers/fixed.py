@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moestro.routers.base import Router, context_notes
+from moestro.routers.ids import can_check
 from moestro.routing import Context, Decision, SparseRouting
 
 Keys = Callable[[Context, int], Tensor]
@@ -56,7 +57,7 @@ class HashRouter(Router):
         return Decision(routing, notes=notes)
 
     def _check(self, key: Tensor, num_keys: int) -> None:
-        if key.device.type == "cpu" and key.numel() and not 0 <= int(key.min()) <= int(key.max()) < num_keys:
+        if can_check(key) and not 0 <= int(key.min()) <= int(key.max()) < num_keys:
             outside = key[(key < 0) | (key >= num_keys)][0]
             raise ValueError(
                 f"token id {int(outside)} is outside the hash table of {num_keys} entries; "

@@ -45,6 +45,8 @@ class SparseRouting:
     ) -> SparseRouting:
         """Routing from what each token chose, by one stable sort.
 
+        While `torch.export` traces, dropped choices stay behind the last group, since how many there are is data.
+
         Shapes: index, weight and keep (bool; None = all) `[tokens, k]`.
         """
         num_tokens, k = index.shape
@@ -53,7 +55,7 @@ class SparseRouting:
         slot = torch.empty_like(order)
         slot[order] = torch.arange(len(order), device=order.device)
         offsets = offsets_from(expert, num_experts)
-        if keep is not None:
+        if keep is not None and not torch.compiler.is_exporting():  # an exported graph keeps its shapes
             pairs = int(offsets[-1])
             order, slot = order[:pairs], slot.clamp(max=pairs)
         weight = weight.flatten().index_select(0, order)
@@ -78,6 +80,9 @@ class SparseRouting:
 
         Shapes: weight and keep (bool) `[tokens, experts]`.
         """
+        if torch.compiler.is_exporting():
+            index = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
+            return cls.from_choice(index, weight, keep.shape[1], keep)
         expert, token = keep.t().nonzero(as_tuple=True)
         return cls(token, weight[token, expert], offsets_from(expert, keep.shape[1]), len(keep))
 
@@ -113,7 +118,7 @@ class SparseRouting:
             load.scatter_add_(0, self.token, torch.ones_like(self.token))
             return self.token.argsort(stable=True), load.cumsum(0) - load
         k = self.slot.shape[1]
-        if self.slot.numel() == len(self.token):
+        if _surely_equal(self.slot.numel(), len(self.token)):
             return self.slot.flatten(), torch.arange(0, len(self.token), max(k, 1), device=self.token.device)
         kept = self.slot < len(self.token)
         load = kept.sum(1)
@@ -149,6 +154,15 @@ def offsets_from(expert: Tensor, num_experts: int) -> Tensor:
     return count[: num_experts + 1].cumsum(0)
 
 
+def _surely_equal(first: int, second: int) -> bool:
+    """Whether two sizes are equal, and known to be so where a compiler traces sizes that are data."""
+    if not torch.compiler.is_compiling():
+        return first == second
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    return bool(guard_or_false(first == second))
+
+
 def _gather(x: Tensor, token: Tensor) -> Tensor:
     return x.index_select(0, token)
 
@@ -156,7 +170,7 @@ def _gather(x: Tensor, token: Tensor) -> Tensor:
 def _collect(rows: Tensor, token: Tensor, slot: Tensor | None, num_tokens: int) -> Tensor:
     if slot is None:
         return rows.new_zeros(num_tokens, rows.shape[1]).index_add(0, token, rows)
-    if len(rows) < slot.numel():  # dropped choices read the extra row of zeros
+    if not _surely_equal(len(rows), slot.numel()):  # dropped choices read the extra row of zeros
         rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
     return F.embedding_bag(slot, rows, mode="sum")  # gather and sum without the copy [tokens, k, width]
 
