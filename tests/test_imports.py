@@ -21,6 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "mixtures": {"routing", "routers", "experts", "layers", "balance"},
 }
 ALLOWED["models"] = ALLOWED["methods"] | {"methods"}
+ALLOWED["export"] = {"routing", "routers", "experts", "layers", "models"}
 ALLOWED["hf"] = ALLOWED["models"] | {"models", "data", "kernels"}
 ALLOWED["inspect"] = ALLOWED["methods"] | {"methods"}
 ALLOWED["inference"] = ALLOWED["models"] | {"models", "inspect", "data"}

@@ -40,8 +40,6 @@ def _pad(x: Tensor, columns: int, rows: int) -> Tensor:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    if torch.compiler.is_compiling():  # addresses are not known yet
-        return x.clone(memory_format=torch.contiguous_format)
     return x.clone() if x.data_ptr() % _ALIGNMENT else x.contiguous()
 
 

@@ -130,7 +130,8 @@ class DecoderLM(nn.Module):
         rotary = self.rotary(start, tokens.shape[1])
         mask = _attention_mask(tokens, start, valid)
         context = _context(tokens, start, valid, domain)
-        x, decisions = self.embedding(tokens), list[Decision]()
+        decisions: list[Decision] = []
+        x = self.embedding(tokens)
         for index, layer in enumerate(self.layers):
             x = layer(x, rotary, mask, context, None if cache is None else cache.layers[index], decisions)
             if decisions:  # some routers read what the mixture before them decided
