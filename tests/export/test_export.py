@@ -80,6 +80,18 @@ def test_onnx_runtime_agrees_on_other_routings(method: Method, tmp_path: Path) -
         assert_close(in_onnx_runtime(path, named), wanted, rtol=1e-4, atol=1e-4 * max(1, wanted.abs().max().item()))
 
 
+@pytest.mark.parametrize("name", ["mixtral", "deepseek-v3"])
+def test_a_language_model_runs_in_onnx_runtime_on_other_lengths(name: str, tmp_path: Path) -> None:
+    sizes = {"vocab_size": 32, "width": 16, "num_layers": 2, "num_heads": 2, "num_experts": 4, "expert_hidden": 8}
+    model = moestro.build_language_model(method=name, options={"top_k": 2}, seed=3, **sizes).eval()
+    path = to_onnx(model, tmp_path / "model.onnx", torch.randint(32, (2, 7)))
+    for shape in ((2, 7), (3, 5), (2, 19)):
+        tokens = torch.randint(32, shape)
+        with torch.no_grad():
+            wanted = model(tokens)
+        assert_close(in_onnx_runtime(path, {"tokens": tokens}), wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_ties_go_to_the_lowest_expert_in_onnx_runtime(tmp_path: Path) -> None:
     (mixtral,) = [method for method in METHODS if method.name == "mixtral"]
     layer = layer_of(mixtral)

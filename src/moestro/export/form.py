@@ -67,8 +67,8 @@ def to_program(model: nn.Module, example: Tensor | Mapping[str, Tensor]) -> torc
         except TorchDynamoException as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(
-                f"the method {_methods(model)} cannot be exported: its router loops or branches on values "
-                f"({reason}); choose one that docs/export.md lists"
+                f"{type(model).__name__} with the method {_methods(model)} cannot be exported: something in it "
+                f"loops or branches on values ({reason}); docs/export.md lists what can"
             ) from error
 
 

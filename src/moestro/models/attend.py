@@ -9,22 +9,24 @@ from torch import Tensor
 SHORT = 512
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, whole: bool = False) -> Tensor:
     """Mix values by the likeness of queries and keys; causal when there is no mask and more than one query.
+
+    `whole` says that the queries are a whole sequence, so that a graph for any length need not ask how many.
 
     Shapes: `[batch, length, heads, head_dim]` three times, keys and values with as many heads or a divisor,
     mask `[batch or 1, 1, length, stored + length]` or None -> `[batch, length, heads * head_dim]`.
     """
     if mask is None and _short_on_cpu(query, key):
         return _by_matmul(query, key, value)
-    if query.shape[1] == 1 and mask is None and query.device.type == "cpu" and query.dtype == torch.bfloat16:
+    if mask is None and query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.shape[1] == 1:
         return _one_query(query, key, value)
     y = F.scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
         attn_mask=mask,
-        is_causal=mask is None and query.shape[1] > 1,
+        is_causal=mask is None and (whole or query.shape[1] > 1),
         enable_gqa=query.shape[2] != key.shape[2],
     )
     return y.transpose(1, 2).flatten(2)

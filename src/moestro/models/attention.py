@@ -73,7 +73,7 @@ class GroupedQueryAttention(nn.Module):
         query, key = rotate_halves(query, *rotary), rotate_halves(key, *rotary)
         if cache is not None:
             key, value = cache.append(key, value)
-        return self.output(attend(query, key, value, mask))
+        return self.output(attend(query, key, value, mask, whole=cache is None))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values before rotation, each `[batch, length, heads, head_dim]`."""

@@ -86,7 +86,7 @@ class LatentAttention(nn.Module):
         key, value = self.expand_latent(latent, key_rope)
         # kernels want heads of one size: zeros behind the values are 1.5 times faster than the general path on CPU
         padding = query.shape[-1] - self.value_dim
-        y = attend(query, key, F.pad(value, (0, max(padding, 0))), mask)
+        y = attend(query, key, F.pad(value, (0, max(padding, 0))), mask, whole=cache is None)
         return self.output(y.unflatten(-1, (self.num_heads, -1))[..., : self.value_dim].flatten(2))
 
     def project_query(self, x: Tensor) -> Tensor:
