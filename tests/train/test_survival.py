@@ -67,6 +67,17 @@ def life(recipe, out, seconds):
     return signal.SIGKILL
 
 
+def killed_after(step, recipe, out):
+    """Train in a process of its own that dies right after a step; the signal that ended it."""
+
+    class Watcher(Silent):
+        def step(self, record):
+            if record["step"] == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    return in_a_child(lambda: train_run(recipe, out, resume="auto", progress=Watcher()))
+
+
 @pytest.mark.parametrize("kills", [15, pytest.param(300, marks=pytest.mark.nightly)])
 def test_random_kills_change_nothing(tmp_path, kills):
     recipe, chance = recipe_of(tmp_path), random.Random(kills)
@@ -89,15 +100,7 @@ def test_random_kills_change_nothing(tmp_path, kills):
 def test_at_most_the_steps_since_the_last_checkpoint_are_lost_and_goodput_says_how_many(tmp_path):
     recipe, out, said = recipe_of(tmp_path, steps=12), tmp_path / "run", Said()
 
-    def dies_after_step_8():
-        class Watcher(Silent):
-            def step(self, record):
-                if record["step"] == 8:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        train_run(recipe, out, progress=Watcher())
-
-    assert in_a_child(dies_after_step_8) == signal.SIGKILL
+    assert killed_after(8, recipe, out) == signal.SIGKILL
     result = train_run(recipe, out, resume=True, progress=said)
     assert "moe: resumed after step 5" in said.lines
     assert "moe: steps 6 to 8 are done again, they were not saved" in said.lines
@@ -130,15 +133,7 @@ def test_a_disk_that_fills_up_does_not_end_the_run(tmp_path):
 def test_resume_auto_starts_and_resumes_and_damaged_checkpoints_are_passed_over(tmp_path):
     recipe, out, said = recipe_of(tmp_path, steps=12), tmp_path / "run", Said()
 
-    def dies_after_step_11():
-        class Watcher(Silent):
-            def step(self, record):
-                if record["step"] == 11:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        train_run(recipe, out, resume="auto", progress=Watcher())
-
-    assert in_a_child(dies_after_step_11) == signal.SIGKILL
+    assert killed_after(11, recipe, out) == signal.SIGKILL
     newest = out / "checkpoint" / "step-00000010"
     data = bytearray((newest / "model.safetensors").read_bytes())
     data[-3] ^= 4
@@ -153,15 +148,7 @@ def test_resume_auto_starts_and_resumes_and_damaged_checkpoints_are_passed_over(
 def test_the_command_lists_and_verifies_checkpoints(tmp_path, capsys):
     recipe, out = recipe_of(tmp_path, steps=12), tmp_path / "run"
 
-    def dies_after_step_11():
-        class Watcher(Silent):
-            def step(self, record):
-                if record["step"] == 11:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        train_run(recipe, out, progress=Watcher())
-
-    in_a_child(dies_after_step_11)
+    assert killed_after(11, recipe, out) == signal.SIGKILL
     assert main(["checkpoints", str(out)]) == 0
     header, first, second = capsys.readouterr().out.strip().splitlines()
     assert header.split() == ["model", "step", "MiB", "kept", "as", "path"]
