@@ -12,9 +12,10 @@ SOURCE = Path(moestro.__file__).parent
 ALLOWED: dict[str, set[str]] = {
     "routing": set(),
     "kernels": set(),
+    "parallel": set(),
     "routers": {"routing"},
-    "experts": {"routing", "kernels"},
-    "layers": {"routing", "routers", "experts"},
+    "experts": {"routing", "kernels", "parallel"},
+    "layers": {"routing", "routers", "experts", "parallel"},
     "balance": {"routing", "routers", "experts", "layers"},
     "methods": {"routing", "routers", "experts", "layers", "balance"},
     "data": set(),
