@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +14,13 @@ from torch.func import functional_call
 from moestro.experts.single import FeedForward
 from moestro.kernels import as_autocast
 from moestro.routing import MergeRouting, Routing
+
+
+class Piece(NamedTuple):
+    """What one expert has of a parameter: a row of it, or all of it (None)."""
+
+    parameter: nn.Parameter
+    row: int | None
 
 
 class Experts(nn.Module, ABC):
@@ -58,6 +68,42 @@ class Experts(nn.Module, ABC):
             for name, parameter in self.named_parameters()
         }
         return functional_call(self, mixed, (rows, offsets))
+
+    def share(self, experts: Sequence[int]) -> Experts:
+        """A bank of some of these experts, in this order, with copies of their parameters; one may come twice.
+
+        Raises:
+            ValueError: a bank that holds something which is not of one expert.
+        """
+        memo: dict[int, object] = {}
+        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
+            if tensor.shape[:1] != (self.num_experts,):
+                raise ValueError(
+                    f"{type(self).__name__} cannot be shared out: {name} {list(tensor.shape)} is not of one expert "
+                    f"in each of {self.num_experts} rows"
+                )
+            rows = tensor.detach()[list(experts)]
+            learned = isinstance(tensor, nn.Parameter)
+            memo[id(tensor)] = nn.Parameter(rows, tensor.requires_grad) if learned else rows
+        part = copy.deepcopy(self, memo)
+        part.num_experts = len(experts)
+        return part
+
+    def slice(self, part: int, parts: int) -> Experts:
+        """One of several slices of every expert along its hidden size; what the slices return adds up.
+
+        Raises:
+            ValueError: a bank that has no such slices, or a hidden size that cannot be cut so.
+        """
+        raise ValueError(f"{type(self).__name__} cannot be sliced along a hidden size; use a mesh with tensor=1")
+
+    def parameters_of(self, expert: int) -> dict[str, Piece]:
+        """What one expert has of the bank's parameters, by names that are the same for every expert like it."""
+        return {name: Piece(parameter, expert) for name, parameter in self.named_parameters()}
+
+    def replace_bank(self, make: Callable[[Experts], Experts]) -> Experts:
+        """What takes this bank's place when `make` replaces what it has of a map of rows, mostly all of it."""
+        return make(self)
 
     def parameters_per_expert(self) -> int:
         """Parameters that a row meets on average: all of them shared out evenly."""

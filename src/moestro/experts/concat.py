@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import reduce
+from itertools import groupby
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from moestro.experts.base import Experts
+from moestro.experts.base import Experts, Piece
 
 
 class ConcatExperts(Experts):
@@ -45,3 +47,22 @@ class ConcatExperts(Experts):
     def merged(self, mixture: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
         """Banks of different kinds have no common parameters to mix: always ValueError."""
         raise ValueError("a concatenation of banks cannot be merged; use one bank of one kind")
+
+    def share(self, experts: Sequence[int]) -> ConcatExperts:
+        runs = groupby((self._place(expert) for expert in experts), key=lambda place: place[0])
+        return ConcatExperts([self._bank(bank).share([expert for _, expert in run]) for bank, run in runs])
+
+    def parameters_of(self, expert: int) -> dict[str, Piece]:
+        bank, expert = self._place(expert)
+        return self._bank(bank).parameters_of(expert)
+
+    def _place(self, expert: int) -> tuple[int, int]:
+        """The bank of an expert, and which one of that bank it is."""
+        for bank, size in enumerate(self.sizes):
+            if expert < size:
+                return bank, expert
+            expert -= size
+        raise IndexError(f"there are {self.num_experts} experts")
+
+    def _bank(self, bank: int) -> Experts:
+        return cast(Experts, self.banks[bank])

@@ -10,7 +10,7 @@ from moestro.experts.base import Experts
 from moestro.experts.few import run_few
 from moestro.experts.fused import check_kernel, rounding_of, rows_fused, run_fused
 from moestro.experts.single import FeedForward
-from moestro.experts.stacked import StackedLinear
+from moestro.experts.stacked import StackedLinear, hidden_slice
 from moestro.routing import Routing, SparseRouting
 
 
@@ -79,6 +79,14 @@ class GLU(Experts):
         gate = apply(rows, self.gate, self.gate_bias)
         up = apply(rows, self.up, self.up_bias)
         return apply(GATED[self.activation](gate) * up, self.down, self.down_bias)
+
+    def slice(self, part: int, parts: int) -> GLU:
+        cut = hidden_slice(self, part, parts)
+        size = (self.num_experts, self.width, self.hidden // parts)
+        bank = GLU(*size, self.activation, kernel=self.kernel, recompute=self.recompute)
+        for name, piece in cut.items():
+            setattr(bank, name, nn.Parameter(piece.detach().clone(), piece.requires_grad))
+        return bank.train(self.training)
 
     def dense(self, multiple: int = 1) -> FeedForward:
         return FeedForward(self.width, self.hidden * multiple, self.activation, self.bias)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -86,6 +88,10 @@ class HyperExperts(Experts):
         hidden = (torch.einsum("tw,twr->tr", x, down[own]) + down_bias[own]).relu()
         adapted = torch.einsum("tr,trw->tw", hidden, up[own]) + up_bias[own]
         return y + adapted.to(y.dtype) * chosen.any(1, keepdim=True)
+
+    def replace_bank(self, make: Callable[[Experts], Experts]) -> HyperExperts:
+        self.inner = self.inner.replace_bank(make)
+        return self
 
     def parameters_per_expert(self) -> int:
         return self.inner.parameters_per_expert()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from moestro.experts.base import Experts
+from moestro.experts.base import Experts, Piece
 
 
 class ModuleExperts(Experts):
@@ -56,3 +57,9 @@ class ModuleExperts(Experts):
                 for v, group in enumerate(groups)
             ]
         )
+
+    def share(self, experts: Sequence[int]) -> ModuleExperts:
+        return ModuleExperts([copy.deepcopy(self.experts[expert]) for expert in experts], self.width)
+
+    def parameters_of(self, expert: int) -> dict[str, Piece]:
+        return {name: Piece(parameter, None) for name, parameter in self.experts[expert].named_parameters()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,3 +40,18 @@ class StackedLinear:
                     parameter.zero_()
                 else:
                     parameter.normal_(0.0, std or parameter.shape[1] ** -0.5)
+
+
+def hidden_slice(bank: Any, part: int, parts: int) -> dict[str, Tensor]:
+    """The columns of `gate` and `up` and the rows of `down` of one of several slices along the hidden size.
+
+    Raises:
+        ValueError: a hidden size that does not divide so, or biases, of which the last belongs to no slice.
+    """
+    if bank.hidden % parts:
+        raise ValueError(f"hidden={bank.hidden} cannot be cut into {parts} equal slices")
+    if bank.bias:
+        raise ValueError("experts with bias cannot be sliced along their hidden size; use bias=False or tensor=1")
+    size = bank.hidden // parts
+    cut = slice(part * size, (part + 1) * size)
+    return {name: p[:, cut] if name == "down" else p[..., cut] for name, p in bank.named_parameters()}

@@ -1,5 +1,23 @@
 """Many processes as one: meshes of ranks, placements of experts, and transports that bring rows to them."""
 
+from moestro.parallel.groups import rank_groups
+from moestro.parallel.mesh import Mesh, MeshShape
+from moestro.parallel.network import Network, Trip
 from moestro.parallel.placement import Placement
+from moestro.parallel.traffic import Traffic
+from moestro.parallel.transports import TokenTransport, Transport, all_transports, make_transport, transport
 
-__all__ = ["Placement"]
+__all__ = [
+    "Mesh",
+    "MeshShape",
+    "Network",
+    "Placement",
+    "TokenTransport",
+    "Traffic",
+    "Transport",
+    "Trip",
+    "all_transports",
+    "make_transport",
+    "rank_groups",
+    "transport",
+]

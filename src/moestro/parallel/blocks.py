@@ -1,0 +1,36 @@
+"""Rows in blocks, and the same rows with the blocks in another order."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def block_order(sizes: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Where each row comes from when blocks change their order.
+
+    Args:
+        sizes: rows of each block, in as many dimensions as the order of blocks has, the last running fastest.
+        dims: the new order of these dimensions, as in `permute`.
+
+    Returns: for each row of the new order its place in the old one, `[rows]`.
+    """
+    flat = sizes.flatten()
+    starts = (flat.cumsum(0) - flat).view_as(sizes).permute(dims).flatten()
+    lengths = sizes.permute(dims).flatten()
+    shift = starts - (lengths.cumsum(0) - lengths)
+    return shift.repeat_interleave(lengths) + torch.arange(int(flat.sum()), device=sizes.device)
+
+
+def offsets_of(load: Tensor) -> Tensor:
+    """Where groups of these sizes begin, and the last ends. `[groups]` -> `[groups + 1]`."""
+    return torch.cat([load.new_zeros(1), load.cumsum(0)])
+
+
+def permuted(rows: Tensor, order: Tensor, inverse: bool = False) -> Tensor:
+    """`rows[order]`, or the rows of which that made these."""
+    if inverse:
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order), device=order.device)
+        order = back
+    return rows.index_select(0, order)

@@ -1,0 +1,162 @@
+"""What a transport has at hand: the wires of a mesh, and one call's chained exchanges and local experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moestro.parallel.blocks import block_order, offsets_of, permuted
+from moestro.parallel.mesh import Mesh
+from moestro.parallel.traffic import Phase, Traffic, forward_phase
+from moestro.parallel.wire import Wire
+
+Rows = Callable[[Tensor, Phase], Tensor]
+
+
+class Network:
+    """The wires of a mesh, with one account of what they carry.
+
+    Args:
+        mesh: groups of ranks.
+        dtype: of rows and gradients on the wire, e.g. bfloat16; None = as they are.
+
+    Attributes:
+        traffic: what this rank sent.
+    """
+
+    def __init__(self, mesh: Mesh, dtype: torch.dtype | None = None) -> None:
+        self.mesh, self.dtype, self.traffic = mesh, dtype, Traffic()
+
+    @cached_property
+    def expert(self) -> Wire:
+        """To the ranks that hold the other experts."""
+        return self._wire(self.mesh.expert)
+
+    @cached_property
+    def node(self) -> Wire:
+        """To those of them on the same node."""
+        return self._wire(self._two_levels()[0])
+
+    @cached_property
+    def across(self) -> Wire:
+        """To those of them at the same place of every node."""
+        return self._wire(self._two_levels()[1])
+
+    @cached_property
+    def tensor(self) -> Wire:
+        """To the ranks that hold slices of the same experts."""
+        return self._wire(self.mesh.tensor)
+
+    @cached_property
+    def copies(self) -> Wire:
+        """To the ranks that hold the same tokens."""
+        return self._wire(self.mesh.copies)
+
+    def _wire(self, group: Any) -> Wire:
+        return Wire(group, self.mesh.node_of, self.traffic, self.dtype)
+
+    def _two_levels(self) -> tuple[Any, Any]:
+        if self.mesh.node is None:
+            raise ValueError(
+                f"nodes of {self.mesh.ranks_per_node} ranks share the {self.mesh.shape.expert} ranks of an expert "
+                "group unevenly; a transport of two levels needs as many on each, use transport='linear'"
+            )
+        return self.mesh.node, self.mesh.across
+
+
+class Trip:
+    """One call of one layer: exchanges with gradients, and the experts of this rank.
+
+    Exchanges are chained: the backward pass undoes them in reverse order on every rank, also on one whose experts
+    got no row, need no gradient or have no parameter. Without the chain such a rank would leave one out, and the
+    others would wait for it.
+
+    Args:
+        network: wires.
+        experts: of this rank, `(rows, offsets) -> rows`.
+        device: of the rows.
+    """
+
+    def __init__(self, network: Network, experts: nn.Module, device: torch.device) -> None:
+        self.network, self.experts, self.device = network, experts, device
+        self._link = torch.zeros((), device=device, requires_grad=torch.is_grad_enabled())
+
+    def counts(self, wire: Wire, load: Tensor) -> Tensor:
+        """Tell every rank one row of counts, and learn one from each. Shapes: `[ranks, ...]` int64."""
+        each = [1] * wire.size
+        return wire.exchange(load, each, each, "counts", forward_phase())
+
+    def exchange(self, wire: Wire, rows: Tensor, send: Sequence[int], receive: Sequence[int], name: str) -> Tensor:
+        """See `Wire.exchange`; the gradient goes the way back."""
+        return self._linked(
+            rows,
+            partial(_exchange, wire=wire, send=send, receive=receive, name=name),
+            partial(_exchange, wire=wire, send=receive, receive=send, name=name),
+        )
+
+    def gather(self, wire: Wire, rows: Tensor, sizes: Sequence[int], name: str) -> Tensor:
+        """See `Wire.gather`; the gradient is `scatter_sum`."""
+        return self._linked(
+            rows,
+            lambda each, phase: wire.gather(each, sizes, name, phase),
+            lambda each, phase: wire.scatter_sum(each, sizes, name, phase),
+        )
+
+    def scatter_sum(self, wire: Wire, rows: Tensor, sizes: Sequence[int], name: str) -> Tensor:
+        """See `Wire.scatter_sum`; the gradient is `gather`."""
+        return self._linked(
+            rows,
+            lambda each, phase: wire.scatter_sum(each, sizes, name, phase),
+            lambda each, phase: wire.gather(each, sizes, name, phase),
+        )
+
+    def compute(self, rows: Tensor, load: Tensor) -> Tensor:
+        """Run rows that came from several sources through the experts of this rank.
+
+        Where experts are sliced over ranks, the rows of all these ranks are gathered and the partial results
+        added up.
+
+        Shapes: rows `[rows, width]` grouped by source and slot, load `[sources, slots]` -> `[rows, out_width]`.
+        """
+        if self.network.mesh.shape.tensor > 1:
+            return self._compute_sliced(rows, load)
+        return self._compute_here(rows, load)
+
+    def _compute_here(self, rows: Tensor, load: Tensor) -> Tensor:
+        order = block_order(load, (1, 0))
+        out = self.experts(permuted(rows, order), offsets_of(load.sum(0)))
+        return permuted(out, order, inverse=True)
+
+    def _compute_sliced(self, rows: Tensor, load: Tensor) -> Tensor:
+        wire = self.network.tensor
+        loads = wire.gather(load, [len(load)] * wire.size, "counts", forward_phase())
+        sizes = loads.view(wire.size, -1).sum(1).tolist()
+        rows = self.gather(wire, rows, sizes, "slices in")
+        return self.scatter_sum(wire, self._compute_here(rows, loads), sizes, "slices out")
+
+    def _linked(self, rows: Tensor, forward: Rows, backward: Rows) -> Tensor:
+        out, self._link = _Linked.apply(rows, self._link, forward, backward)
+        return out
+
+
+def _exchange(
+    rows: Tensor, phase: Phase, wire: Wire, send: Sequence[int], receive: Sequence[int], name: str
+) -> Tensor:
+    return wire.exchange(rows, send, receive, name, phase)
+
+
+class _Linked(torch.autograd.Function):
+    """A linear map and its adjoint, in a chain with those before and after it."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, link: Tensor, forward: Rows, backward: Rows) -> tuple[Tensor, Tensor]:
+        ctx.adjoint = backward
+        return forward(rows, forward_phase()), torch.zeros_like(link)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, link: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.adjoint(grad, "backward"), torch.zeros_like(link), None, None

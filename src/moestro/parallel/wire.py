@@ -1,0 +1,74 @@
+"""The counting layer under all collectives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moestro.parallel.traffic import Link, Phase, Traffic
+
+
+class Wire:
+    """Collectives over one group of ranks.
+
+    Only all-to-all is asked of the back end: all-gather and reduce-scatter of uneven sizes are an all-to-all of
+    copies and one followed by a sum in the order of the ranks, which also makes that sum reproducible.
+
+    Args:
+        group: of ranks.
+        node_of: the node of a rank of the world.
+        traffic: counts.
+        dtype: of floating-point numbers on the wire; None = as they are.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        node_of: Callable[[int], int],
+        traffic: Traffic,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.group, self.traffic, self.dtype = group, traffic, dtype
+        ranks = dist.get_process_group_ranks(group)
+        self.size, self.rank = len(ranks), dist.get_rank(group)
+        own = ranks[self.rank]
+        self.links: list[Link] = [
+            "self" if r == own else "intra" if node_of(r) == node_of(own) else "inter" for r in ranks
+        ]
+
+    def exchange(
+        self, rows: Tensor, send: Sequence[int], receive: Sequence[int], name: str, phase: Phase
+    ) -> Tensor:
+        """Rows in the order of ranks to them, and what comes back in that order."""
+        return self.start(rows, send, receive, name, phase)()
+
+    def start(
+        self, rows: Tensor, send: Sequence[int], receive: Sequence[int], name: str, phase: Phase
+    ) -> Callable[[], Tensor]:
+        """Begin an exchange; call what is returned to wait for the rows."""
+        wire_rows = rows.to(self.dtype or rows.dtype) if rows.is_floating_point() else rows
+        wire_rows = wire_rows.contiguous()
+        arrived = wire_rows.new_empty(sum(receive), *rows.shape[1:])
+        each = wire_rows.element_size() * rows.shape[1:].numel()
+        self.traffic.add(name, phase, [n * each for n in send], self.links)
+        work = dist.all_to_all_single(arrived, wire_rows, list(receive), list(send), self.group, async_op=True)
+
+        def wait(kept: Tensor = wire_rows) -> Tensor:  # the back end reads the rows until then
+            work.wait()
+            return arrived.to(rows.dtype)
+
+        return wait
+
+    def gather(self, rows: Tensor, sizes: Sequence[int], name: str, phase: Phase) -> Tensor:
+        """The rows of all ranks, rank r having `sizes[r]` of them."""
+        copies = rows.repeat(self.size, *[1] * (rows.dim() - 1))
+        return self.exchange(copies, [len(rows)] * self.size, sizes, name, phase)
+
+    def scatter_sum(self, rows: Tensor, sizes: Sequence[int], name: str, phase: Phase) -> Tensor:
+        """The sum over ranks of this rank's `sizes[rank]` rows: the adjoint of `gather`."""
+        own = sizes[self.rank]
+        pieces = self.exchange(rows, sizes, [own] * self.size, name, phase)
+        return pieces.view(self.size, own, *rows.shape[1:]).sum(0)
