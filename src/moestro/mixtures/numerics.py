@@ -12,7 +12,7 @@ from scipy.special import digamma, polygamma
 
 Array = NDArray[Any]  # float64 unless a name says otherwise
 
-_ROWS_PER_BLOCK = 8192  # a block of products stays in the cache
+_ROWS_PER_BLOCK = 2048  # a block of products stays in the cache
 _CONDITION = 1e-8  # below it the normal equations lose too many digits and the rows are factored instead
 
 
@@ -67,26 +67,26 @@ def upper_indices(size: int) -> tuple[Array, Array]:
 def weighted_gram(z: Array, weights: Array | Callable[[slice], Array]) -> Array:
     """All matrices `sum_t weights[t, k] z_t z_tᵀ` in one pass.
 
-    Forms the p(p+1)/2 distinct products of a block of rows once and multiplies them with every column of weights,
-    so that k Gram matrices cost one matrix product.
+    Forms the p(p+1)/2 distinct products of a block of rows once, one product to a line of memory, and multiplies
+    them with every column of weights, so that k Gram matrices cost one matrix product.
     Shapes: z `[rows, p]`, weights `[rows, k]`, or a function that gives them for a slice of rows -> `[k, p, p]`.
     """
     num_rows, p = z.shape
     upper = upper_indices(p)
     packed: Any = 0.0
-    products = np.empty((min(num_rows, _ROWS_PER_BLOCK), len(upper[0])))
+    products = np.empty((len(upper[0]), min(num_rows, _ROWS_PER_BLOCK)))
     for start in range(0, num_rows, _ROWS_PER_BLOCK):
-        block = z[start : start + _ROWS_PER_BLOCK]
-        rows = products[: len(block)]
+        here = slice(start, start + _ROWS_PER_BLOCK)
+        block = np.ascontiguousarray(z[here].T)
+        lines = products[:, : block.shape[1]]
         at = 0
         for column in range(p):
-            np.multiply(block[:, column:], block[:, column, None], out=rows[:, at : at + p - column])
+            np.multiply(block[column:], block[column], out=lines[at : at + p - column])
             at += p - column
-        here = slice(start, start + _ROWS_PER_BLOCK)
-        packed = packed + (weights(here) if callable(weights) else weights[here]).T @ rows
-    gram = np.empty((len(packed), p, p))
-    gram[:, upper[0], upper[1]] = packed
-    gram[:, upper[1], upper[0]] = packed
+        packed = packed + lines @ (weights(here) if callable(weights) else weights[here])
+    gram = np.empty((packed.shape[1], p, p))
+    gram[:, upper[0], upper[1]] = packed.T
+    gram[:, upper[1], upper[0]] = packed.T
     return gram
 
 
