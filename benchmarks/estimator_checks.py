@@ -1,7 +1,8 @@
 """How many of scikit-learn's own checks each gate with each expert passes, as a table.
 
-python benchmarks/estimator_checks.py                      all pairs (hours)
+python benchmarks/estimator_checks.py                      all pairs and both samplers (hours)
 python benchmarks/estimator_checks.py --gate kernel --expert linear elm
+python benchmarks/estimator_checks.py --lines checks.txt   keeps a line per pair there and goes on after the last
 """
 
 from __future__ import annotations
@@ -9,43 +10,109 @@ from __future__ import annotations
 import argparse
 import time
 import warnings
+from pathlib import Path
+from typing import Any
 
 import sklearn
 from sklearn.utils.estimator_checks import check_estimator
 
-from moestro.mixtures import MixtureOfExpertsClassifier, MixtureOfExpertsRegressor
+from moestro.mixtures import (
+    DirichletProcessMixtureOfExpertsClassifier,
+    DirichletProcessMixtureOfExpertsRegressor,
+    MixtureOfExpertsClassifier,
+    MixtureOfExpertsRegressor,
+)
 from moestro.mixtures.experts import CLASSIFICATION_EXPERTS, REGRESSION_EXPERTS
 from moestro.mixtures.gates import GATES
+
+KINDS = {
+    "regressor": (MixtureOfExpertsRegressor, REGRESSION_EXPERTS),
+    "classifier": (MixtureOfExpertsClassifier, CLASSIFICATION_EXPERTS),
+}
+SAMPLERS = {
+    "regressor": DirichletProcessMixtureOfExpertsRegressor(n_burn=5, n_samples=3, thin=1, n_chains=1),
+    "classifier": DirichletProcessMixtureOfExpertsClassifier(n_burn=10, n_samples=5, n_chains=1),
+}
+Key = tuple[str, str, str]  # kind, expert, gate
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gate", nargs="*", default=list(GATES))
+    parser.add_argument("--gate", nargs="*", default=[*GATES, "sampler"])
     parser.add_argument("--expert", nargs="*", default=None)
+    parser.add_argument("--lines", type=Path, default=None)
     options = parser.parse_args()
-    print(f"scikit-learn {sklearn.__version__}, defaults of every part, no expected failure")
-    print(f"{'kind':<12}{'gate':<20}{'expert':<14}{'passed':>8}{'skipped':>9}{'failed':>8}{'seconds':>9}")
-    kinds = {
-        "regressor": (MixtureOfExpertsRegressor, REGRESSION_EXPERTS),
-        "classifier": (MixtureOfExpertsClassifier, CLASSIFICATION_EXPERTS),
-    }
-    for kind, (estimator, experts) in kinds.items():
+    done = read(options.lines)
+    for key, estimator in pairs().items():
+        _, expert, gate = key
+        wanted = gate in options.gate and (options.expert is None or expert in options.expert)
+        if key in done or not wanted:
+            continue
+        done[key] = counts = checked(estimator)
+        line = " ".join([*key, *(f"{count:g}" for count in counts)])
+        print(line, flush=True)
+        if options.lines is not None:
+            with options.lines.open("a") as file:
+                file.write(line + "\n")
+    print(table(done))
+
+
+def pairs() -> dict[Key, Any]:
+    """Every gate with every expert, and the samplers, by what they are called."""
+    found: dict[Key, Any] = {}
+    for kind, (estimator, experts) in KINDS.items():
         for expert in experts:
-            if options.expert is not None and expert not in options.expert:
-                continue
-            for gate in options.gate:
-                begin = time.perf_counter()
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    results = check_estimator(estimator(gate=gate, expert=expert), on_fail=None)
-                status = [result["status"] for result in results]
-                counts = [status.count(name) for name in ("passed", "skipped", "failed")]
-                spent = time.perf_counter() - begin
-                line = f"{kind:<12}{gate:<20}{expert:<14}{counts[0]:>8}{counts[1]:>9}{counts[2]:>8}{spent:>9.1f}"
-                print(line, flush=True)
-                for result in results:
-                    if result["status"] == "failed":
-                        print(f"    {result['check_name']}: {result['exception']!s:.300}", flush=True)
+            for gate in GATES:
+                found[kind, expert, gate] = estimator(gate=gate, expert=expert)
+    for kind, sampler in SAMPLERS.items():
+        found[kind, "process", "sampler"] = sampler
+    return found
+
+
+def checked(estimator: Any) -> list[float]:
+    """Checks passed, skipped and failed, and seconds; prints what failed."""
+    begin = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        results = check_estimator(estimator, on_fail=None)
+    for result in results:
+        if result["status"] == "failed":
+            print(f"    {result['check_name']}: {result['exception']!s:.300}", flush=True)
+    status = [result["status"] for result in results]
+    counts = [float(status.count(name)) for name in ("passed", "skipped", "failed")]
+    return [*counts, round(time.perf_counter() - begin, 1)]
+
+
+def read(path: Path | None) -> dict[Key, list[float]]:
+    """What earlier runs found."""
+    if path is None or not path.exists():
+        return {}
+    words = [line.split() for line in path.read_text().splitlines()]
+    return {(kind, expert, gate): [float(n) for n in counts] for kind, expert, gate, *counts in words}
+
+
+def table(done: dict[Key, list[float]]) -> str:
+    """Passed/failed of each pair, a dot where it has not been run, and the sums."""
+    gates = list(GATES)
+    lines = [
+        "How many of scikit-learn's own estimator checks each expert passes under each gate: passed/failed.",
+        f"scikit-learn {sklearn.__version__}, defaults of every part, no expected failure; a dot was not run.",
+        "",
+        " " * 24 + "".join(f"{gate:>20}" for gate in gates),
+    ]
+    for kind, (_, experts) in KINDS.items():
+        for expert in experts:
+            cells = [cell(done.get((kind, expert, gate))) for gate in gates]
+            lines.append(f"{kind + ' ' + expert:<24}" + "".join(f"{text:>20}" for text in cells))
+    for kind in SAMPLERS:
+        lines.append(f"{kind + ' sampler':<24}{cell(done.get((kind, 'process', 'sampler'))):>20}")
+    passed, skipped, failed = (int(sum(counts[k] for counts in done.values())) for k in range(3))
+    lines += ["", f"{len(done)} of {len(pairs())} run: {passed} checks passed, {skipped} skipped, {failed} failed."]
+    return "\n".join(lines)
+
+
+def cell(counts: list[float] | None) -> str:
+    return "." if counts is None else f"{counts[0]:g}/{counts[2]:g}"
 
 
 if __name__ == "__main__":

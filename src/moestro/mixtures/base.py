@@ -120,12 +120,14 @@ class MixtureOfExperts(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         if weight.sum() < num_experts:
             raise ValueError(f"n_samples={len(y)} rows are fewer than n_experts={num_experts}; fit fewer experts")
         previous = self._previous(gate, expert, num_experts, target)
-        scaling = self.scaling_ if previous else Scaling.of(x, target, weight, expert.target == "real")
+        scaling = self.scaling_ if previous else self._scaling_of(expert, x, target, weight)
         rows = self._rows(gate, expert, scaling, x, target, weight)
         if previous:
             fits = [self._continue(previous, rows)]
         else:
-            fits = self._restarts(Mixture(gate, expert, {}, {}), branching, rows, scaling.x(x), used)
+            fits = self._restarts(
+                Mixture(gate, expert, {}, {}), branching, rows, scaling.x(expert.covariates(x)), used
+            )
         best = self._go_on(self._best(fits, rows), rows)
         em.warn_about(best, rows, self.tol, self.max_iter)
         return self._keep(best, rows, scaling)
@@ -172,11 +174,15 @@ class MixtureOfExperts(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
             )
         return gate, expert, branching
 
+    @staticmethod
+    def _scaling_of(expert: Expert, x: Array, y: Array, weight: Array) -> Scaling:
+        return Scaling.of(expert.covariates(x), y, weight, expert.target == "real")
+
     def _rows(self, gate: Gate, expert: Expert, scaling: Scaling, x: Array, y: Array, weight: Array) -> Rows:
         real = expert.target == "real"
         return Rows(
-            gate.design(x, scaling),
-            expert.design(scaling.x(x)),
+            gate.design(expert.covariates(x), scaling),
+            expert.regressors(x, scaling),
             scaling.y(y) if real else y,
             weight,
             scaling,
@@ -302,7 +308,8 @@ class MixtureOfExperts(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
     def _features(self, X: Any) -> tuple[Array, Array]:
         check_is_fitted(self)
         x = validate_data(self, X, dtype=np.float64, reset=False)
-        return self.mixture_.gate.design(x, self.scaling_), self.mixture_.expert.design(self.scaling_.x(x))
+        gate, expert = self.mixture_.gate, self.mixture_.expert
+        return gate.design(expert.covariates(x), self.scaling_), expert.regressors(x, self.scaling_)
 
     def _joint(self, X: Any, y: Any) -> tuple[Array, Array]:
         """Joint log-densities of expert and target (and input) in the user's units, and the gate features."""

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 from sklearn.base import BaseEstimator, RegressorMixin
+from sklearn.metrics import d2_tweedie_score
 from sklearn.utils import Tags, check_random_state
-from sklearn.utils.validation import check_array, column_or_1d, validate_data
+from sklearn.utils.validation import check_array, check_is_fitted, column_or_1d, validate_data
 
 from moestro.mixtures.base import MixtureOfExperts
 from moestro.mixtures.choices import part, wrapped
@@ -115,6 +116,18 @@ class MixtureOfExpertsRegressor(RegressorMixin, MixtureOfExperts):
             spread = np.where(share > 0, share * (variance + (mean - center[:, None]) ** 2), 0.0).sum(1)
         std = np.sqrt(spread) * self.scaling_.y_scale
         return self._units(center), std[:, 0] if self._flat else std
+
+    def d2_score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """Part of the deviance that `predict` explains, 1 at best and 0 for the mean of y.
+
+            1 - deviance(y, predict(X)) / deviance(y, mean of y)
+
+        The deviance is that of the experts' family: Poisson for counts, gamma for positive targets, squared error
+        (where the answer is R²) for all others; see `sklearn.metrics.d2_tweedie_score`.
+        """
+        check_is_fitted(self)
+        power = self.mixture_.expert.deviance
+        return float(d2_tweedie_score(y, self.predict(X), sample_weight=sample_weight, power=power))
 
     def predict_experts(self, X: Any) -> Array:
         """Mean of every expert, `[rows, experts, outputs]`."""

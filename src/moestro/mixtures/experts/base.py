@@ -22,6 +22,7 @@ class Expert(BaseEstimator, ABC):
     """
 
     target = "real"
+    deviance = 0  # power of the Tweedie deviance that goes with the density
     multi_output = False
     smooth = True  # the density has derivatives everywhere
     climbs = True  # EM never lowers the objective
@@ -30,6 +31,15 @@ class Expert(BaseEstimator, ABC):
     def design(self, x: Array) -> Array:
         """Expert features `[rows, p]` of standardised inputs."""
         return with_intercept(x)
+
+    def covariates(self, x: Array) -> Array:
+        """Columns of the user's inputs that gate and experts may learn from: all but those with a meaning fixed
+        beforehand."""
+        return x
+
+    def regressors(self, x: Array, scaling: Scaling) -> Array:
+        """Expert features `[rows, p]` of inputs in the user's units, fixed columns included."""
+        return self.design(scaling.x(self.covariates(x)))
 
     @abstractmethod
     def m_step(self, rows: Rows, mass: Array, params: Params | None, effort: Effort) -> Params:

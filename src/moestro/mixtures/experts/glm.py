@@ -37,31 +37,45 @@ class LogLinearExpert(Expert):
     def _working_slope(self, eta: Array, y: Array) -> Array:
         """Derivative of the kernel in eta."""
 
+    def _split(self, z: Array) -> tuple[Array, Array | float]:
+        """Regressors `[rows, p]` and what is added to every linear predictor, `[rows, 1]`."""
+        return z, 0.0
+
+    def _free_eta(self, coef: Array, z: Array) -> Array:
+        regressors, offset = self._split(z)
+        return regressors @ coef[:, :, 0].T + offset
+
     def _eta(self, coef: Array, z: Array) -> Array:
-        return np.clip(z @ coef[:, :, 0].T, -self.reach, self.reach)
+        return np.clip(self._free_eta(coef, z), -self.reach, self.reach)
 
     def _penalty(self, rows: Rows) -> Array:
         return ridge(rows, self.alpha * rows.total)
 
     def m_step(self, rows: Rows, mass: Array, params: Params | None, effort: Effort) -> Params:
         total, y = mass.sum(0), rows.y
-        if params is None:
-            coef = np.zeros((mass.shape[1], rows.z.shape[1], 1))
-            average = mass.T @ y[:, 0] / np.maximum(total, 1e-300)
-            coef[:, 0, 0] = np.log(average + 0.1 * rows.weight @ y[:, 0] / rows.total + 1e-8)
-        else:
-            coef = params["coef"]
+        regressors, offset = self._split(rows.z)
+        coef = self._first(rows, mass) if params is None else params["coef"]
         penalty = self._penalty(rows)
         value, eta = self._objective(coef, rows, mass, penalty)
         for _ in range(effort.steps):
             weight = np.maximum(self._working_weight(eta), 1e-10)
-            response = z_times(rows.z, coef) + self._working_slope(eta, y) / weight
-            wanted = least_squares(rows.z, response[:, :, None], mass * weight, penalty)
+            response = self._free_eta(coef, rows.z) - offset + self._working_slope(eta, y) / weight
+            wanted = least_squares(regressors, response[:, :, None], mass * weight, penalty)
             before = value
             coef, value, eta = self._halve(coef, value, eta, wanted - coef, rows, mass, penalty)
             if (value - before).max() <= max(effort.enough, _SAME * (1 + np.abs(value).max())):
                 break
         return keep_empty(self._finish(rows, mass, coef, eta, params), params, is_empty(total, rows.total))
+
+    def _first(self, rows: Rows, mass: Array) -> Array:
+        """Constant means: the average of each expert's rows, drawn a little to that of all."""
+        regressors, offset = self._split(rows.z)
+        exposure = np.broadcast_to(np.exp(offset), rows.y.shape)[:, 0]
+        average = mass.T @ rows.y[:, 0] / np.maximum(mass.T @ exposure, 1e-300)
+        overall = (rows.weight @ rows.y[:, 0]) / (rows.weight @ exposure)
+        coef = np.zeros((mass.shape[1], regressors.shape[1], 1))
+        coef[:, 0, 0] = np.log(average + 0.1 * overall + 1e-8)
+        return coef
 
     def _halve(
         self, coef: Array, value: Array, eta: Array, step: Array, rows: Rows, mass: Array, penalty: Array
@@ -106,30 +120,58 @@ class LogLinearExpert(Expert):
 
     def _coef_gradient(self, rows: Rows, mass: Array, params: Params, factor: Array | float) -> Array:
         slope = factor * mass * self._working_slope(self._eta(params["coef"], rows.z), rows.y)
-        slope = slope * (np.abs(z_times(rows.z, params["coef"])) < self.reach)
-        return ((slope.T @ rows.z)[:, :, None] - self._penalty(rows)[:, None] * params["coef"]).ravel()
+        slope = slope * (np.abs(self._free_eta(params["coef"], rows.z)) < self.reach)
+        return (
+            (slope.T @ self._split(rows.z)[0])[:, :, None] - self._penalty(rows)[:, None] * params["coef"]
+        ).ravel()
 
     def gradient(self, rows: Rows, mass: Array, params: Params) -> Array:
         return self._coef_gradient(rows, mass, params, 1.0)
 
 
-def z_times(z: Array, coef: Array) -> Array:
-    """Linear predictors `[rows, experts]`."""
-    return z @ coef[:, :, 0].T
-
-
 class PoissonExpert(LogLinearExpert):
-    """Counts: `log f_i(y|x) = y η - exp(η) - log y!`, `η = β_iᵀ[1, x]`.
+    """Counts: `log f_i(y|x) = y η - exp(η) - log y!`, `η = β_iᵀ[1, x] + log exposure`.
 
     Args:
         alpha: ridge on the slopes in the units of the data, per unit of sample weight, as in
             `sklearn.linear_model.PoissonRegressor`.
+        exposure: number of the column of X that says for how long, or over how many, each row counted; None where
+            all rows counted alike. Neither gate nor experts learn from that column: it multiplies the means, the
+            coefficients leave it out, and `predict` answers for the exposures that it is given.
+
+    Raises:
+        ValueError: an exposure that is no column of X or not above 0.
     """
 
     target = "count"
+    deviance = 1
 
-    def __init__(self, alpha: float = 0.0):
+    def __init__(self, alpha: float = 0.0, exposure: int | None = None):
         self.alpha = alpha
+        self.exposure = exposure
+
+    def covariates(self, x: Array) -> Array:
+        if self.exposure is None:
+            return x
+        if not 0 <= self.exposure < x.shape[1]:
+            raise ValueError(f"exposure={self.exposure} is no column of X; pass one of 0 to {x.shape[1] - 1}")
+        if x.shape[1] == 1:
+            raise ValueError("X has only the column of the exposure; add one with inputs, or a constant one")
+        return np.delete(x, self.exposure, axis=1)
+
+    def regressors(self, x: Array, scaling: Scaling) -> Array:
+        z = super().regressors(x, scaling)
+        if self.exposure is None:
+            return z
+        span = x[:, [self.exposure]]
+        if span.min() <= 0:
+            raise ValueError(
+                f"column {self.exposure} of X is an exposure and has the value {span.min():g}; pass numbers above 0"
+            )
+        return np.hstack([z, np.log(span)])
+
+    def _split(self, z: Array) -> tuple[Array, Array | float]:
+        return (z, 0.0) if self.exposure is None else (z[:, :-1], z[:, -1:])
 
     def _kernel(self, eta: Array, y: Array) -> Array:
         return y * eta - np.exp(eta)
@@ -168,6 +210,7 @@ class GammaExpert(LogLinearExpert):
     """
 
     target = "positive"
+    deviance = 2
     reach = 200.0
 
     def __init__(self, alpha: float = 0.0):

@@ -127,6 +127,10 @@ def _linear_bank(expert: Expert, params: Params, scaling: Scaling) -> AffineExpe
 
 
 def _exp_bank(expert: Expert, params: Params, scaling: Scaling) -> AffineExperts:
+    if getattr(expert, "exposure", None) is not None:
+        raise ValueError(
+            f"{expert!r} multiplies by a column of X, which a layer of gate and experts cannot; drop it"
+        )
     return _bank(*scaling.plane(params["coef"].transpose(0, 2, 1)), "exp")
 
 
