@@ -177,6 +177,8 @@ def gshard_top2(seed: int) -> None:
     """Lepikhin et al. 2020, algorithm 1: the second choice is drawn, first choices are placed first."""
     case = draw(seed)
     factor = case.pick(None, 0.5, 1.0, 2.0)
+    if factor == 0.5 and len(case.tokens) <= case.num_experts:
+        factor = 1.0  # half of one slot is none, which is refused
     moe = layer("gshard-top2", case, capacity_factor=factor, second="random").train()
     torch.manual_seed(seed)
     chance = torch.rand(len(case.valid), dtype=torch.float64).tolist()

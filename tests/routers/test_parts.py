@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import moestro
+from moestro.methods.registry import all_methods
 from moestro.routers import (
     BiasedSelection,
     DropByPosition,
@@ -152,6 +154,33 @@ def test_dropping_by_position_uses_the_phase_it_is_in() -> None:
 )
 def test_capacity_formulas(slots: partial, tokens: int, expected: int) -> None:
     assert slots(tokens, 4) == expected
+
+
+LIMITED = [
+    pytest.param(name, option, id=f"{name}-{option}")
+    for name, method in all_methods().items()
+    for option in method.options
+    if option.endswith("capacity_factor") and (name, option) != ("tutel-top-any", "capacity_factor")  # 0: dropless
+]
+
+
+@pytest.mark.parametrize(("name", "option"), LIMITED)
+@pytest.mark.parametrize("factor", [0.0, -1.0])
+def test_a_capacity_that_keeps_nothing_is_refused_at_build(name: str, option: str, factor: float) -> None:
+    options = all_methods()[name].options
+    needed = {each: 2 for each in ("num_domains", "num_groups", "vocab_size") if each in options}
+    with pytest.raises(ValueError, match=r"capacity.factor.*above 0|keeps nothing"):
+        moestro.build(name, width=8, hidden=4, num_experts=4, **needed, **{option: factor})
+
+
+def test_a_capacity_that_keeps_nothing_of_these_tokens_says_what_to_do() -> None:
+    moe = moestro.build("gshard-top2", width=8, hidden=4, num_experts=4, capacity_factor=0.5)
+    moe(torch.randn(8, 8))
+    moe(torch.randn(0, 8))
+    with pytest.raises(
+        ValueError, match=r"0 slots per expert for 3 tokens and 4 experts.*raise the capacity factor"
+    ):
+        moe(torch.randn(3, 8))
 
 
 def test_expert_choice_fills_every_expert_evenly() -> None:

@@ -14,21 +14,29 @@ from moestro.routing import Context, Selection
 from moestro.routing.sparse import offsets_from
 
 Slots = Callable[[int, int], int]
+MANY = 1 << 20  # tokens of which some must find a place
+
+
+def above_zero(factor: float) -> float:
+    """The capacity factor itself, or ValueError if no expert could take a token."""
+    if not factor > 0:
+        raise ValueError(f"a capacity factor of {factor} keeps nothing; it must be above 0, 1 being an even load")
+    return factor
 
 
 def switch_slots(num_tokens: int, num_experts: int, factor: float, minimum: int = 4) -> int:
     """`max(min(T, int(factor * T / E)), minimum)`: Fedus et al. 2021, eq. 3, with the released code's clamps."""
-    return max(min(num_tokens, int(factor * num_tokens / num_experts)), minimum)
+    return max(min(num_tokens, int(above_zero(factor) * num_tokens / num_experts)), minimum)
 
 
 def gshard_slots(num_tokens: int, num_experts: int, factor: float = 2.0) -> int:
     """`factor * ceil(T / E)`, rounded down: about 2 T / E for two choices, Lepikhin et al. 2020."""
-    return int(factor * math.ceil(num_tokens / num_experts))
+    return int(above_zero(factor) * math.ceil(num_tokens / num_experts))
 
 
 def slots_of_choices(num_tokens: int, num_experts: int, factor: float, k: int, minimum: int = 1) -> int:
     """`max(ceil(factor * k * T / E), minimum)`: slots for k choices per token, Rajbhandari et al. 2022."""
-    return max(math.ceil(factor * k * num_tokens / num_experts), minimum)
+    return max(math.ceil(above_zero(factor) * k * num_tokens / num_experts), minimum)
 
 
 class Capacity(nn.Module, ABC):
@@ -75,6 +83,9 @@ class DropByPosition(Capacity):
     Args:
         train: slots of an expert in training, as a function of tokens and experts.
         evaluate: the same in evaluation; default: as in training.
+
+    Raises:
+        ValueError: slots that keep nothing, whatever the number of tokens or of those that came.
     """
 
     batch_independent = False
@@ -82,11 +93,16 @@ class DropByPosition(Capacity):
     def __init__(self, train: Slots, evaluate: Slots | None = None) -> None:
         super().__init__()
         self.train_slots, self.evaluate_slots = train, evaluate or train
+        for slots in (self.train_slots, self.evaluate_slots):
+            slots_of_each(slots, num_tokens=MANY, num_experts=1)
 
     def forward(self, chosen: Selection, weight: Tensor, num_experts: int, context: Context) -> Selection:
-        num_tokens = context.num_valid(len(weight))
-        slots = (self.train_slots if self.training else self.evaluate_slots)(num_tokens, num_experts)
-        return chosen.restricted(place_in_line(chosen, num_experts) < slots)
+        return chosen.restricted(place_in_line(chosen, num_experts) < self.slots(len(weight), num_experts, context))
+
+    def slots(self, num_tokens: int, num_experts: int, context: Context) -> int:
+        """Slots of each expert for these tokens."""
+        slots = self.train_slots if self.training else self.evaluate_slots
+        return slots_of_each(slots, context.num_valid(num_tokens), num_experts)
 
     def causal(self, k: int) -> bool:
         return k == 1
@@ -119,6 +135,17 @@ class InTraining(Capacity):
 
     def causal_evaluation(self, k: int) -> bool:
         return True
+
+
+def slots_of_each(slots: Slots, num_tokens: int, num_experts: int) -> int:
+    """Slots of each expert, or ValueError if there are tokens and no slot."""
+    count = slots(num_tokens, num_experts)
+    if count < 1 and num_tokens > 0:
+        raise ValueError(
+            f"{_describe(slots)} leaves {count} slots per expert for {num_tokens} tokens and {num_experts} experts "
+            "and keeps nothing; raise the capacity factor or pass more tokens at a time"
+        )
+    return count
 
 
 def place_in_line(chosen: Selection, num_experts: int) -> Tensor:

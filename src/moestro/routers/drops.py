@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from moestro.routers.capacities import Capacity, DropByPosition, Slots, place_in_line
+from moestro.routers.capacities import Capacity, DropByPosition, above_zero, place_in_line
 from moestro.routers.selects import Select
 from moestro.routing import Context, Selection
 from moestro.routing.sparse import offsets_from
@@ -16,17 +16,17 @@ from moestro.routing.sparse import offsets_from
 
 def slots_in_fours(num_tokens: int, num_experts: int, factor: float, k: int) -> int:
     """`ceil(factor * k * T / E)` rounded up to a multiple of four: Riquelme et al. 2021, released code."""
-    return 4 * math.ceil(math.ceil(factor * k * num_tokens / num_experts) / 4)
+    return 4 * math.ceil(math.ceil(above_zero(factor) * k * num_tokens / num_experts) / 4)
 
 
 def share_of_tokens(num_tokens: int, num_experts: int, share: float) -> int:
     """`ceil(share * T)`, whatever the number of experts: evaluation of Artetxe et al. 2021."""
-    return math.ceil(share * num_tokens)
+    return math.ceil(above_zero(share) * num_tokens)
 
 
 def tutel_slots(num_tokens: int, num_experts: int, factor: float, select: Select) -> int:
     """`k * int(factor * ceil(T / E))` for the k that the selection has now: Hwang et al. 2023."""
-    return select.k * int(factor * math.ceil(num_tokens / num_experts))
+    return select.k * int(above_zero(factor) * math.ceil(num_tokens / num_experts))
 
 
 def locmoe_slots(num_tokens: int, num_experts: int, width: int, delta: float) -> int:
@@ -40,7 +40,7 @@ def slots_by_price(num_tokens: int, factor: float, k: int, dear: int, free: int,
 
     C = factor k T tau / (tau N + N_free) and factor k T / (tau N + N_free): Jin et al. 2024, eq. 8, for k choices.
     """
-    unit = factor * k * num_tokens / (tau * dear + free)
+    unit = above_zero(factor) * k * num_tokens / (tau * dear + free)
     return [math.ceil(unit * tau)] * dear + [math.ceil(unit)] * free
 
 
@@ -76,6 +76,7 @@ class DropByPositionPerExpert(Capacity):
     def __init__(self, slots: Callable[[int], Sequence[int]]) -> None:
         super().__init__()
         self.slots = slots
+        slots(1)  # refuses a capacity factor that keeps nothing
 
     def forward(self, chosen: Selection, weight: Tensor, num_experts: int, context: Context) -> Selection:
         slots = torch.tensor(self.slots(context.num_valid(len(weight))), device=weight.device)
@@ -134,7 +135,7 @@ class DropLeastAffine(Capacity):
         return (torch.rand(max(num_tokens, 1), device=device) < self.protected)[sequence]
 
 
-class RetryByPosition(Capacity):
+class RetryByPosition(DropByPosition):
     """No token left behind: a token that overflows tries its next choice, and ends with at most one expert.
 
         pass r = 1..k: tokens still without an expert queue for their r-th choice, in token order
@@ -147,16 +148,8 @@ class RetryByPosition(Capacity):
         evaluate: the same in evaluation; default: as in training.
     """
 
-    batch_independent = False
-
-    def __init__(self, train: Slots, evaluate: Slots | None = None) -> None:
-        super().__init__()
-        self.train_slots, self.evaluate_slots = train, evaluate or train
-
     def forward(self, chosen: Selection, weight: Tensor, num_experts: int, context: Context) -> Selection:
-        slots = (self.train_slots if self.training else self.evaluate_slots)(
-            context.num_valid(len(weight)), num_experts
-        )
+        slots = self.slots(len(weight), num_experts, context)
         waiting = torch.ones_like(chosen.index[:, 0], dtype=torch.bool)
         used = torch.zeros(num_experts, dtype=torch.long, device=weight.device)
         accepted = []
@@ -169,6 +162,3 @@ class RetryByPosition(Capacity):
             waiting = waiting & ~fits
             accepted.append(fits)
         return chosen.restricted(torch.stack(accepted, 1))
-
-    def causal(self, k: int) -> bool:
-        return k == 1

@@ -27,7 +27,7 @@ class DropAtRandom(DropByPosition):
         keep = None if chosen.keep is None else chosen.keep[order]
         place = torch.empty_like(chosen.index)
         place[order] = place_in_line(Selection(chosen.index[order], keep), num_experts)
-        return chosen.restricted(place < self.train_slots(context.num_valid(len(weight)), num_experts))
+        return chosen.restricted(place < self.slots(len(weight), num_experts, context))
 
     def causal(self, k: int) -> bool:
         return False
