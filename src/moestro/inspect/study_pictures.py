@@ -66,26 +66,35 @@ def differences(rows: Sequence[Row]) -> Spec:
     means = sorted(row["difference"]["mean"] for row in compared)
     low, high = means[0], means[min(len(means) - 1, round(0.95 * len(means)))]
     room = 0.15 * (high - low) or 0.05
-    spec["layout"]["xaxis"]["range"] = [min(low - room, -room), max(high + room, room)]
+    left, right = min(low - room, -room), max(high + room, room)
+    spec["layout"]["xaxis"]["range"] = [left, right]
+    spec["layout"]["annotations"] = [
+        {"x": right, "y": html.escape(row["label"]), "text": f"{row['difference']['mean']:+.2f} →"}
+        | {"xanchor": "right", "showarrow": False, "font": {"size": 11, "color": DEAD}}
+        for row in compared
+        if row["difference"]["mean"] > right
+    ]
     return spec
 
 
 def trade(rows: Sequence[Row]) -> Spec:
-    """Speed in training against bits per byte, one dot per method."""
+    """Speed in training against bits per byte, one dot per method; a dot in a crowd has its name on hover only."""
     import plotly.graph_objects as go
 
     known = [row for row in rows if row["speed"]]
+    named = _named({row["label"]: (row["speed"]["relative"], row["bits_per_byte"]["mean"]) for row in known})
     figure = go.Figure()
     figure.add_scatter(
         x=[row["speed"]["relative"] for row in known],
         y=[row["bits_per_byte"]["mean"] for row in known],
-        text=[html.escape(row["label"]) for row in known],
+        text=[html.escape(row["label"]) if row["label"] in named else "" for row in known],
+        customdata=[html.escape(row["label"]) for row in known],
         mode="markers+text",
         textposition="top center",
         textfont={"size": 10},
         marker={"color": MOE, "size": 7},
         showlegend=False,
-        hovertemplate="%{text}: %{y:.4f} at %{x:.2f} of the dense speed<extra></extra>",
+        hovertemplate="%{customdata}: %{y:.4f} at %{x:.2f} of the dense speed<extra></extra>",
     )
     dense = next((row for row in rows if row["method"] is None), None)
     if dense is not None:
@@ -96,6 +105,31 @@ def trade(rows: Sequence[Row]) -> Spec:
     room = 0.12 * (high - values[0]) or 0.05
     spec["layout"]["yaxis"]["range"] = [values[0] - room, high + room]
     return spec
+
+
+def _named(dots: Mapping[str, tuple[float, float]]) -> set[str]:
+    """The labels that can stand above their dots without touching: of unbeaten ones first, then of outer ones.
+
+    Args:
+        dots: label -> (speed, bits per byte).
+    """
+
+    def beaten(label: str) -> bool:
+        speed, bits = dots[label]
+        return any(x >= speed and y <= bits and (x, y) != (speed, bits) for x, y in dots.values())
+
+    def crowd(label: str) -> int:
+        (x, y) = dots[label]
+        return sum(abs(x - at) < 0.1 * wide and abs(y - height) < 0.1 * tall for at, height in dots.values())
+
+    speeds, bits = zip(*dots.values(), strict=True) if dots else ((0.0,), (0.0,))
+    wide, tall = max(speeds) - min(speeds) or 1.0, max(bits) - min(bits) or 1.0
+    named: dict[str, tuple[float, float, float]] = {}
+    for label in sorted(dots, key=lambda label: (beaten(label), crowd(label))):
+        x, y, half = dots[label][0] / wide, dots[label][1] / tall, 0.005 * len(label)
+        if all(abs(x - a) > half + b or abs(y - c) > 0.05 for a, c, b in named.values()):
+            named[label] = (x, y, half)
+    return set(named)
 
 
 def _side(row: Row) -> int:
