@@ -6,6 +6,7 @@ import pytest
 
 from moestro.cli import main
 from moestro.cli.planning import plan_run
+from moestro.methods import all_methods
 from moestro.train import load_recipe
 from moestro.train.build import build_model
 
@@ -67,3 +68,23 @@ def test_the_command_prints_tables_or_json(capsys):
     facts = json.loads(capsys.readouterr().out)
     total = facts["models"]["model"]["parameters"]["total"]
     assert f"{total:,}".replace(",", " ") in text
+
+
+@pytest.mark.parametrize("name", [name for name, method in all_methods().items() if method.causal])
+def test_every_causal_method_can_be_planned(name):
+    model = SMALL["model"] | {"method": name, "num_experts": 16}
+    facts = plan_run(load_recipe(None, SMALL | {"model": model}), probe=False)["models"]["model"]
+    assert facts["parameters"]["active"] > 0
+    assert facts["peak_memory"] > 0
+
+
+def test_a_method_with_parts_for_each_domain_counts_the_folders_of_the_text(tmp_path):
+    for folder in ("german", "french", "latin"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.txt").write_text("some words")
+    paths = [str(tmp_path / folder) for folder in ("german", "french", "latin")]
+    recipe = load_recipe(None, SMALL | {"model": SMALL["model"] | {"method": "mmoe-ple"}, "data": {"paths": paths}})
+    section = recipe.model.model_copy(update={"options": {"num_domains": 3}})
+    built = build_model(section, vocab_size=256, sequence_length=16, seed=0)
+    facts = plan_run(recipe, probe=False)["models"]["model"]
+    assert facts["parameters"]["total"] == built.parameter_counts().total

@@ -13,11 +13,12 @@ import torch
 
 from moestro.balance import RoutingLog
 from moestro.data import Batch, open_tokenizer
+from moestro.data.documents import DOMAINS, read_documents
 from moestro.layers import MoE
 from moestro.models import DecoderLM, build_language_model
 from moestro.models import plan as plan_model
 from moestro.train import Recipe
-from moestro.train.build import build_model
+from moestro.train.build import build_model, takes_domains
 from moestro.train.machine import Machine, choose_machine, repeatable
 from moestro.train.optimiser import build_optimiser
 from moestro.train.step import Stepper
@@ -62,7 +63,13 @@ def _blueprints(recipe: Recipe) -> dict[str, DecoderLM]:
     """The models of a run on the meta device, where they take no memory."""
     length = recipe.data.sequence_length
     with torch.device("meta"):
-        model = build_model(recipe.model, vocab_size=_vocab_size(recipe), sequence_length=length, seed=recipe.seed)
+        model = build_model(
+            recipe.model,
+            vocab_size=_vocab_size(recipe),
+            sequence_length=length,
+            seed=recipe.seed,
+            num_domains=_num_domains(recipe),
+        )
         with_twin = recipe.twin and recipe.model.method is not None
         return {"model": model, "dense twin": model.dense_twin()} if with_twin else {"model": model}
 
@@ -73,6 +80,14 @@ def _vocab_size(recipe: Recipe) -> int:
     if kind == "bpe" and number.isdecimal():
         return int(number)
     return open_tokenizer(recipe.data.tokenizer).vocab_size
+
+
+def _num_domains(recipe: Recipe) -> int | None:
+    """Sources of the text, which is looked through only for methods that have parts for each."""
+    if not takes_domains(recipe.model.method):
+        return None
+    paths = list(recipe.data.paths)
+    return len({document.domain for document in read_documents(paths)}) if paths else len(DOMAINS)
 
 
 def _needs(recipe: Recipe, model: DecoderLM, machine: Machine, available: int) -> dict[str, Any]:

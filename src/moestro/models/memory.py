@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from moestro.experts import is_fused, is_gated
+from moestro.experts import ConcatExperts, is_fused, is_gated
 from moestro.layers import MoE
 from moestro.models.attend import SHORT
 from moestro.models.attention import GroupedQueryAttention
@@ -95,7 +95,12 @@ class Activations:
     def _hidden(self, network: Any, width: int) -> int:
         """Hidden states of one gated or plain network; under autocast each of its inputs is a copy."""
         inner = getattr(network, "inner", network)
-        hidden: int = inner.hidden
+        if isinstance(inner, ConcatExperts):
+            each = zip(inner.sizes, inner.banks, strict=True)
+            return sum(size * self._hidden(bank, width) for size, bank in each) // inner.num_experts
+        hidden: int = getattr(inner, "hidden", 0)  # trivial experts have no hidden states
+        if not hidden:
+            return 0
         if not is_gated(inner.activation):
             return self.size * 2 * hidden
         copies = width if self.size < 4 else 0

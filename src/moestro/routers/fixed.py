@@ -32,7 +32,7 @@ class HashRouter(Router):
 
     def __init__(self, tables: Tensor, num_experts: int, keys: Keys) -> None:
         super().__init__()
-        if tables.numel() and not 0 <= int(tables.min()) <= int(tables.max()) < num_experts:
+        if can_check(tables) and not 0 <= int(tables.min()) <= int(tables.max()) < num_experts:
             raise ValueError(f"the table must name experts 0 to {num_experts - 1}, got {int(tables.max())}")
         self.register_buffer("tables", tables.long())
         self.keys = keys

@@ -28,13 +28,14 @@ def build_model(
         num_domains: sources of the text, for methods with that option, unless the recipe gives it.
     """
     arguments: dict[str, Any] = section.model_dump()
-    if num_domains is not None and _takes_domains(section.method):
+    if num_domains is not None and takes_domains(section.method):
         arguments["options"] = {"num_domains": num_domains} | arguments["options"]
     max_length = max(MIN_MAX_LENGTH, sequence_length)
     return build_language_model(vocab_size=vocab_size, max_length=max_length, seed=seed, **arguments)
 
 
-def _takes_domains(name: str | None) -> bool:
+def takes_domains(name: str | None) -> bool:
+    """Whether a method has parts for each source of the text."""
     method = all_methods().get(name or "")
     return method is not None and "num_domains" in method.options
 
