@@ -8,32 +8,16 @@ import signal
 import pytest
 import torch
 from oracles.faulty_disk import BROKEN, FULL, QUOTA, Counter, die, fail, in_a_child, intercepted
+from oracles.small_checkpoint import quietly, state
 from torch.testing import assert_close
 
 from moestro.train import checkpoint_files
 from moestro.train.checkpoint_files import DamagedCheckpoint, read_checkpoint, verify_checkpoint
 from moestro.train.checkpoints import Checkpoints
-from moestro.train.state import Checkpoint
-
-
-def state(step, bits_per_byte=None):
-    """A small checkpoint whose every value tells its step."""
-    tensors = {
-        "model.experts.up": torch.full((3, 4, 5), float(step)),
-        "model.router.bias": torch.arange(4.0) + step,
-        "optimiser.experts.up.exp_avg": torch.full((3, 4, 5), -float(step)),
-        "random.torch": torch.randint(0, 255, (50,), dtype=torch.uint8),
-    }
-    numbers = {"numpy": ["MT19937", 3, 0, 0.0], "python": [3, [1, 2], None]}
-    return Checkpoint(step, 1.5 * step, tensors, numbers, {"corpus": "x"}, {"productive": 1.0}, bits_per_byte)
 
 
 def steps(folder):
     return [int(path.name[5:]) for path in folder.paths()]
-
-
-def quietly(line):
-    raise AssertionError(f"nothing should have been said, not {line!r}")
 
 
 def test_what_was_written_is_read_back_bit_for_bit(tmp_path):

@@ -78,7 +78,7 @@ def killed_after(step, recipe, out):
     return in_a_child(lambda: train_run(recipe, out, resume="auto", progress=Watcher()))
 
 
-@pytest.mark.parametrize("kills", [15, pytest.param(300, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("kills", [15, pytest.param(300, marks=[pytest.mark.nightly, pytest.mark.timeout(7200)])])
 def test_random_kills_change_nothing(tmp_path, kills):
     recipe, chance = recipe_of(tmp_path), random.Random(kills)
     started = time.monotonic()
