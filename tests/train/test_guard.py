@@ -246,3 +246,18 @@ def test_a_spike_is_six_deviations_above_fifty_losses():
     assert spike(steady, 2.7) == pytest.approx(7.0)
     assert spike(steady[:19], 99.0) is None
     assert spike([9.0] * 50 + steady[:50], 2.7) == pytest.approx(7.0)
+
+
+def test_huge_weights_are_sound_and_one_infinite_number_is_not():
+    model, optimiser, _, stepper = fresh(3)
+    stepper(batch(3), 1)
+    model.head.weight.data.fill_(3e38)  # their sum overflows
+    assert stepper._sound()
+    model.to(torch.float16)
+    model.head.weight.data.fill_(6e4)
+    assert stepper._sound()
+    moments = optimiser.state[model.layers[1].moe.experts.down]["exp_avg_sq"]
+    moments.view(-1)[-1] = float("inf")
+    assert not stepper._sound()
+    moments.view(-1)[-2] = float("-inf")  # the two do not cancel
+    assert not stepper._sound()

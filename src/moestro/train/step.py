@@ -187,11 +187,23 @@ class Stepper:
                 return watch.backward
         return None
 
+    @torch.no_grad()
     def _sound(self) -> bool:
-        """Whether every weight and every number that the optimiser keeps is finite."""
+        """Whether every weight and every number that the optimiser keeps is finite.
+
+        A sum is finite unless a number in it is not, or huge ones overflow: the cheap look first, then the exact.
+        """
         kept = [value for state in self.optimiser.state.values() for value in state.values() if value.ndim]
         tensors = [*self.model.parameters(), *kept]
-        return bool(torch.nn.utils.get_total_norm([tensor.detach() for tensor in tensors]).isfinite())
+        sums = torch.stack([_wide(tensor.sum(dtype=_WIDER.get(tensor.dtype))) for tensor in tensors])
+        return math.isfinite(sums.sum()) or all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+_WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32}  # their sums overflow
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value if value.dtype == torch.float32 else value.float()
 
 
 _ADVICE = "lower train.learning_rate, lengthen train.warmup_fraction or use train.precision float32"
