@@ -64,7 +64,7 @@ def inspect(
         tokens=tokens,
         length=sequence_length,
         batch_size=batch_size,
-        progress=_progress(),
+        progress=show_progress(),
     )
     if json:
         print_json(found)
@@ -139,7 +139,7 @@ def inspect_folder(
     } | survey.result(windows.domains, RankedTokenizer(windows, tokenizer))
 
 
-def _progress() -> Callable[[str], None]:
+def show_progress() -> Callable[[str], None]:
     if not sys.stderr.isatty():
         return lambda text: None
     return lambda text: print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)

@@ -95,6 +95,26 @@ class Trace:
         """Tokens that the first layer saw."""
         return len(next(iter(self.layers.values())).index) if self.layers else 0
 
+    def check_same_tokens(self, other: Trace) -> None:
+        """Raise ValueError for a trace of another model or of other tokens; ids count where both have them."""
+        if self.fingerprint != other.fingerprint:
+            for name, ours in asdict(self.fingerprint).items():
+                theirs = getattr(other.fingerprint, name)
+                if ours != theirs:
+                    raise ValueError(f"the traces are of two models: {name} is {_short(ours)} and {_short(theirs)}")
+        if not self.layers or not other.layers:
+            raise ValueError("a trace holds no token; record some text, and open a streamed trace with load_trace")
+        for name, layer in self.layers.items():
+            if len(layer.index) != len(other.layers[name].index):
+                raise ValueError(
+                    f"the traces are of {len(layer.index)} and {len(other.layers[name].index)} tokens in {name}; "
+                    "record the same text twice"
+                )
+        for side in self.ids.keys() & other.ids.keys():
+            if not torch.equal(self.ids[side], other.ids[side]):
+                at = int((self.ids[side] != other.ids[side]).int().argmax())
+                raise ValueError(f"the traces are of other texts: token {at} differs; record the same text twice")
+
     def save(self, folder: str | Path) -> Path:
         """Write to a new folder, whole or not at all.
 

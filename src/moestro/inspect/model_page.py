@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from moestro.inspect import model_pictures, pictures
 from moestro.inspect.likes import layer_likes
+from moestro.inspect.page import folder_name, render, write_with_numbers
 
-_TEMPLATE = Path(__file__).parent / "template"
 _SHOWN = 8
 """Layers that are shown at once; the rest is folded away."""
 
@@ -30,32 +28,11 @@ def write_model_page(found: Mapping[str, Any], page: Path) -> tuple[Path, Path]:
     Raises:
         ModuleNotFoundError: plotly is not installed.
     """
-    contents = {page: render_model_page(found), page.with_suffix(".json"): json.dumps(found, ensure_ascii=False)}
-    drafts = {path: path.with_name(f"{path.name}.tmp") for path in contents}
-    page.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        for path, content in contents.items():
-            drafts[path].write_text(content, encoding="utf-8")
-        for path, draft in drafts.items():
-            os.replace(draft, path)
-    finally:
-        for draft in drafts.values():
-            draft.unlink(missing_ok=True)
-    return page, page.with_suffix(".json")
+    return write_with_numbers(render_model_page(found), found, page)
 
 
 def render_model_page(found: Mapping[str, Any]) -> str:
     """The page as text."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     layers = found["layers"]
     domains, likes = layer_likes(
         {
@@ -64,11 +41,9 @@ def render_model_page(found: Mapping[str, Any]) -> str:
         }
     )
     most = max((share for layer in likes for row in layer.by_domain for share in row), default=0.0) or 1.0
-    return environment.get_template("model.html.j2").render(
-        style=Markup((_TEMPLATE / "report.css").read_text(encoding="utf-8")),
-        script=Markup((_TEMPLATE / "report.js").read_text(encoding="utf-8")),
-        plotly=Markup(pictures.plotly_script()),
-        name=_name(Path(found["model"]["folder"]).resolve()),
+    return render(
+        "model.html.j2",
+        name=folder_name(Path(found["model"]["folder"])),
         model=found["model"],
         text=found["text"],
         findings=found["findings"],
@@ -88,11 +63,6 @@ def render_model_page(found: Mapping[str, Any]) -> str:
             for layer in likes
         ],
     )
-
-
-def _name(folder: Path) -> str:
-    """Of the folder, or of the run that keeps its model in `model/`."""
-    return folder.parent.name if folder.name == "model" else folder.name
 
 
 def _lift(pairs: Mapping[str, Any]) -> dict[str, Any]:

@@ -126,6 +126,15 @@ def chosen_pairs(decision: Decision) -> tuple[Tensor, Tensor, Tensor]:
     return token[counted], expert[counted].long(), amount[counted]
 
 
+def chosen_matrix(decision: Decision) -> Tensor:
+    """Which experts each valid token chose, `[valid tokens, experts]` bool."""
+    valid = valid_tokens(decision)
+    chosen = torch.zeros(len(valid), decision.routing.num_experts, dtype=torch.bool)
+    token, expert, _ = chosen_pairs(decision)
+    chosen[token, expert] = True
+    return chosen[valid]
+
+
 def probabilities(decision: Decision, valid: Tensor) -> Tensor | None:
     """The router's scores as probabilities, `[valid tokens, experts]`, rows summing to 1."""
     probs = decision.probs

@@ -15,7 +15,7 @@ from moestro.inspect.health import RouterTally, router_findings
 from moestro.inspect.history import layer_labels
 from moestro.inspect.similarity import MOST, cosines, output_cosines, rounded, similarity
 from moestro.inspect.specialisation import SpecialisationCounter
-from moestro.inspect.statistics import LayerTally, chosen_pairs, valid_tokens
+from moestro.inspect.statistics import LayerTally, chosen_matrix
 from moestro.routing import Decision, SparseRouting
 
 
@@ -120,15 +120,6 @@ class Survey:
             matrix = self._similar[name].get(kind)
             found[f"similarity_of_{kind}"] = None if matrix is None else similarity(matrix, load)
         return found
-
-
-def chosen_matrix(decision: Decision) -> Tensor:
-    """Which experts each valid token chose, `[valid tokens, experts]` bool."""
-    valid = valid_tokens(decision)
-    chosen = torch.zeros(len(valid), decision.routing.num_experts, dtype=torch.bool)
-    token, expert, _ = chosen_pairs(decision)
-    chosen[token, expert] = True
-    return chosen[valid]
 
 
 def _of_choices(chosen: Tensor | None, following: str | None, every: Mapping[str, Tensor]) -> dict[str, Any]:
