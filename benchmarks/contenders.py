@@ -67,21 +67,16 @@ class Weights:
 
 
 def moestro(bits: int, length: int, folder: Path) -> Run:
-    from moestro.inference import quantise_model
+    from moestro.inference import CachedReader, quantise_model
 
     model = our_model(length)
     if bits < 16:
         for error in quantise_model(model, bits):
             print(error, file=sys.stderr)
 
-    @torch.inference_mode()
     def run(prompt: list[int], count: int) -> dict[str, float]:
-        cache = model.new_cache(1, length)
-
-        def step(tokens: Tensor) -> Tensor:
-            return model.head(model.hidden_states(tokens, cache=cache)[0, -1]).argmax().view(1, 1)
-
-        return timed(step, prompt, count)
+        reader = CachedReader(model, length)
+        return timed(lambda tokens: reader(tokens.flatten()).argmax().view(1, 1), prompt, count)
 
     return run
 

@@ -4,6 +4,7 @@ from moestro.experts.activations import ACTIVATIONS, is_gated
 from moestro.experts.affine import AffineExperts
 from moestro.experts.bank import make_experts
 from moestro.experts.base import Experts
+from moestro.experts.chosen import run_chosen
 from moestro.experts.concat import ConcatExperts
 from moestro.experts.fused import all_kernels, is_fused
 from moestro.experts.glu import GLU
@@ -36,4 +37,5 @@ __all__ = [
     "make_experts",
     "quantise",
     "quantise_linear",
+    "run_chosen",
 ]

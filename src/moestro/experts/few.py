@@ -22,13 +22,22 @@ def run_few(bank: Any, x: Tensor, routing: Routing) -> Tensor | None:
 
     Shapes: x `[tokens, width]` -> `[tokens, width]`.
     """
-    if bank.kernel != "auto" or not isinstance(routing, SparseRouting) or not len(x):
+    if not isinstance(routing, SparseRouting) or not len(x):
         return None
     x = as_autocast(x)
-    if not suits_few(x, bank.up, len(routing.token)):
+    if not takes_few(bank, x, len(routing.token)):
         return None
-    expert = routing.expert
-    rows, index = routing.dispatch(x), gathered_rows(expert, bank.width)
+    return combine_few(routing, few_rows(bank, routing.dispatch(x), routing.expert))
+
+
+def takes_few(bank: Any, x: Tensor, pairs: int) -> bool:
+    """Whether `few_rows` is the way for so many pairs of rows like `x` and experts of a `GLU` or `MLP`."""
+    return bank.kernel == "auto" and suits_few(x, bank.up, pairs)
+
+
+def few_rows(bank: Any, rows: Tensor, expert: Tensor) -> Tensor:
+    """Each row through its own expert. Shapes: rows `[pairs, width]`, expert `[pairs]` -> `[pairs, width]`."""
+    index = gathered_rows(expert, bank.width)
     hidden = _add(gathered_product(rows, index, bank.up), bank.up_bias, expert)
     if bank.activation in PLAIN:
         hidden = PLAIN[bank.activation](hidden)
@@ -36,7 +45,7 @@ def run_few(bank: Any, x: Tensor, routing: Routing) -> Tensor | None:
         gate = _add(gathered_product(rows, index, bank.gate), bank.gate_bias, expert)
         hidden = GATED[bank.activation](gate) * hidden
     rows = gathered_product(hidden, gathered_rows(expert, bank.hidden), bank.down)
-    return combine_few(routing, _add(rows, bank.down_bias, expert))
+    return _add(rows, bank.down_bias, expert)
 
 
 def combine_few(routing: SparseRouting, rows: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -101,6 +103,14 @@ class QuantisedExperts(Experts):
         ):
             return super().run(x, routing)
         return combine_few(routing, self(x.expand(len(routing.weight), -1), routing.offsets))
+
+    def answers(self, row: Tensor, index: Sequence[int]) -> Tensor:
+        """What each of these experts answers to one row. Shapes: row `[1, width]` bfloat16 -> `[chosen, width]`."""
+        hidden = self.up.each(row, index)
+        if self.up_bias is not None:
+            hidden = hidden + self.up_bias[index].to(hidden.dtype)
+        rows = self.down.each(self._activate(hidden), index)
+        return rows if self.down_bias is None else rows + self.down_bias[index].to(rows.dtype)
 
     def merged(self, mixture: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
         """Codes have no mixtures: always ValueError."""

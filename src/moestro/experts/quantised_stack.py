@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -119,7 +119,7 @@ class QuantisedStack(nn.Module):
             return rows[:, :1].expand(-1, self.outputs)
         if rows.device.type != "cpu" or (torch.is_grad_enabled() and rows.requires_grad):
             return self._dequantised(rows, groups)
-        x, matrices = pad_inputs(rows.bfloat16(), self.padded), self._all()
+        x, matrices = pad_inputs(rows.bfloat16(), self.padded), self.matrices()
         fullest = max(stop - start for _, start, stop in groups)
         if fullest <= matrices[0].few_rows:
             parts = x.split([stop - start for _, start, stop in groups])
@@ -128,6 +128,19 @@ class QuantisedStack(nn.Module):
             pieces = self._many(x, groups, matrices)
         y = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
         return (y if y.shape[1] == self.outputs else y[:, : self.outputs]).to(rows.dtype)
+
+    def each(self, rows: Tensor, index: Sequence[int]) -> Tensor:
+        """Multiply one row by each of these experts' matrices, or row i by that of expert `index[i]`.
+
+        Shapes: rows `[1, in]` or `[chosen, in]`, bfloat16 on a CPU -> `[chosen, out]`.
+        """
+        x, matrices = pad_inputs(rows, self.padded), self.matrices()
+        if len(rows) == 1:
+            pieces = [matrices[expert].few(x) for expert in index]
+        else:
+            pieces = [matrices[expert].few(row) for expert, row in zip(index, x.split(1), strict=True)]
+        y = torch.cat(pieces)
+        return y if y.shape[1] == self.outputs else y[:, : self.outputs]
 
     @staticmethod
     def _many(rows: Tensor, groups: list[Group], matrices: list[PackedMatrix]) -> list[Tensor]:
@@ -155,7 +168,7 @@ class QuantisedStack(nn.Module):
             return Int8Matrix(self.code[expert], self.scale[expert])
         return Int4Matrix(self.code[expert], self.scale[expert], self.row_scale[expert], self.group)
 
-    def _all(self) -> list[PackedMatrix]:
+    def matrices(self) -> list[PackedMatrix]:
         """The experts' matrices; views are made once, since making them costs as much as a small product."""
         if not self._matrices or self._matrices[0].code.data_ptr() != self.code.data_ptr():
             self._matrices = [self._matrix(expert) for expert in range(self.num)]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from moestro.inference.readers import CachedReader, WholeReader
 from moestro.inference.sampler import Sampler
 from moestro.layers import MoE
-from moestro.models import DecoderLM, KeyValueCache
+from moestro.models import DecoderLM
 
 
 def generate(
@@ -47,43 +47,26 @@ def generate(
     """
     prompt = torch.as_tensor(tokens, dtype=torch.long, device=model.embedding.weight.device).flatten()
     _check(model, prompt, max_new_tokens)
-    step = _Step(model, domain, cache and model.cacheable)
-    return _stream(step, prompt[None], max_new_tokens, Sampler(temperature, top_p, seed), frozenset(stop))
+    reader: CachedReader | WholeReader = WholeReader(model, domain)
+    if cache and model.cacheable:
+        reader = CachedReader(model, len(prompt) + max_new_tokens, domain)
+    return _stream(reader, prompt, max_new_tokens, Sampler(temperature, top_p, seed), frozenset(stop))
 
 
-def _stream(step: _Step, tokens: Tensor, count: int, sampler: Sampler, stop: frozenset[int]) -> Iterator[int]:
-    was_training = step.model.training
-    step.model.eval()
-    memory = step.new_memory(tokens.shape[1] + count)
+def _stream(
+    reader: CachedReader | WholeReader, tokens: Tensor, count: int, sampler: Sampler, stop: frozenset[int]
+) -> Iterator[int]:
+    was_training = reader.model.training
+    reader.model.eval()
     try:
         for _ in range(count):
-            token = sampler(step.next_logits(tokens, memory))
+            token = sampler(reader(tokens))
             if token in stop:
                 return
             yield token
-            new = tokens.new_tensor([[token]])
-            tokens = torch.cat([tokens, new], dim=1) if memory is None else new
+            tokens = tokens.new_tensor([token])
     finally:
-        step.model.train(was_training)
-
-
-@dataclass(frozen=True)
-class _Step:
-    """One pass of the model over the tokens that it has not seen."""
-
-    model: DecoderLM
-    domain: int | None
-    cache: bool
-
-    def new_memory(self, max_length: int) -> KeyValueCache | None:
-        return self.model.new_cache(1, max_length) if self.cache else None
-
-    @torch.inference_mode()
-    def next_logits(self, tokens: Tensor, memory: KeyValueCache | None) -> Tensor:
-        """Logits `[vocab_size]` after the last token; the head runs on that position alone."""
-        domain = None if self.domain is None else torch.full_like(tokens, self.domain)
-        states = self.model.hidden_states(tokens, cache=memory, domain=domain)
-        return self.model.head(states[0, -1])
+        reader.model.train(was_training)
 
 
 def check_generation(model: DecoderLM, sequences: int = 1) -> None:

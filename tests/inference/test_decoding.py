@@ -1,0 +1,72 @@
+"""The decoder computes what the model computes, one token at a time."""
+
+import pytest
+import torch
+from oracles.tiny_models import CAUSAL_METHODS, tiny_model, tokens_for
+from torch.testing import assert_close
+
+from moestro.inference import generate, quantise_model
+from moestro.inference.attention_step import CachedAttention
+from moestro.inference.decoding import Decoder, suits_decoder
+from moestro.inference.feed_forward_step import MixtureStep
+from moestro.models import DecoderLM
+
+CACHED = [name for name in (None, *CAUSAL_METHODS) if name is None or tiny_model(name).batch_independent]
+PROMPT, LENGTH = 9, 24
+
+
+def both(model: DecoderLM, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits at every position behind the prompt, by the decoder and by the model on the whole text at once."""
+    domain = torch.ones_like(tokens)
+    with torch.inference_mode():
+        whole = model(tokens, domain=domain)[0, PROMPT:]
+        cache = model.new_cache(1, LENGTH)
+        model(tokens[:, :PROMPT], cache=cache, domain=domain[:, :PROMPT])
+    decoder = Decoder(model, cache, domain=1)
+    return torch.stack([decoder(token) for token in tokens[0, PROMPT:].tolist()]), whole
+
+
+@pytest.mark.parametrize("method", CACHED)
+def test_equals_the_model_for_every_method(method):
+    model = tiny_model(method)
+    if not model.cacheable:
+        pytest.skip("looks at earlier tokens, so nothing is cached")
+    assert_close(*both(model, tokens_for(model, batch=1, length=LENGTH)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("qk_norm", ["none", "head", "full"])
+def test_equals_the_model_for_every_attention(num_kv_heads, qk_norm):
+    model = tiny_model("qwen3", num_kv_heads=num_kv_heads, qk_norm=qk_norm, options={"top_k": 3})
+    assert isinstance(Decoder(model, model.new_cache(1, 4)).steps[0], CachedAttention)
+    assert_close(*both(model, tokens_for(model, batch=1, length=LENGTH)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "relu"])
+def test_bfloat16_and_codes_stay_within_their_rounding(activation):
+    for bits, far in ((16, 0.03), (8, 0.04), (4, 0.04)):
+        model = tiny_model("olmoe", activation=activation).bfloat16()
+        if bits < 16:
+            quantise_model(model, bits, group=32)
+        assert isinstance(Decoder(model, model.new_cache(1, 4)).steps[1], MixtureStep)
+        decoded, whole = both(model, tokens_for(model, batch=1, length=LENGTH))
+        assert float((decoded.float() - whole.float()).norm() / whole.float().norm()) < far, bits
+
+
+def test_whoever_watches_a_module_sees_it_run():
+    model, seen = tiny_model(), []
+    assert suits_decoder(model)
+    handle = model.layers[1].moe.router.register_forward_hook(lambda *_: seen.append(1))
+    assert not suits_decoder(model)
+    list(generate(model, [1, 2, 3], 5))
+    assert len(seen) == 5
+    handle.remove()
+    assert suits_decoder(model)
+    assert not suits_decoder(tiny_model().double())
+
+
+def test_generation_goes_through_it(monkeypatch):
+    calls = []
+    monkeypatch.setattr(Decoder, "__call__", lambda self, token: calls.append(token) or torch.zeros(64))
+    assert list(generate(tiny_model(), [1, 2, 3], 4))[1:] == [0, 0, 0]
+    assert len(calls) == 3
