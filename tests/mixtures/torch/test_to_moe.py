@@ -13,7 +13,13 @@ from torch.testing import assert_close
 import moestro
 from moestro.experts import AffineExperts
 from moestro.layers import MoE
-from moestro.mixtures import DistributedGPRegressor, MixtureOfExpertsClassifier, MixtureOfExpertsRegressor
+from moestro.mixtures import (
+    DistributedGPRegressor,
+    GatedEnsembleRegressor,
+    MixtureOfExpertsClassifier,
+    MixtureOfExpertsRegressor,
+)
+from moestro.mixtures.gates import ExponentialFamilyGate
 from moestro.mixtures.torch import from_moe, to_moe
 from moestro.routers import TokenChoice, TopK, as_is, softmax
 from moestro.routers.dense import EveryExpert
@@ -190,10 +196,36 @@ def test_a_layer_trained_by_gradients_becomes_a_mixture_that_em_goes_on_with():
     assert model.loglik_ > before + 1
 
 
+@pytest.mark.parametrize(
+    "families", ["gaussian", "poisson", "exponential", ("bernoulli", "poisson", "exponential")]
+)
+def test_a_gate_of_an_exponential_family_becomes_a_layer(families):
+    rng = np.random.default_rng(0)
+    x = np.column_stack([rng.integers(0, 2, 200), rng.poisson(3, 200), rng.exponential(2, 200)]).astype(float)
+    y = np.where(x[:, 1] > 3, x[:, 2], -x[:, 2]) + 0.1 * rng.standard_normal(200)
+    gate = ExponentialFamilyGate(families)
+    model = quietly(MixtureOfExpertsRegressor(3, gate=gate, **SHORT), x, y)
+    layer, inputs = to_moe(model), torch.from_numpy(x)
+    assert_close(layer(inputs)[:, 0], torch.from_numpy(model.predict(x)), rtol=1e-6, atol=1e-6)
+    assert_close(layer.route(inputs).probs, torch.from_numpy(model.gate_proba(x)), rtol=1e-6, atol=1e-9)
+    target = torch.from_numpy(y)[:, None]
+    check_training(layer, inputs, lambda out: (out - target).square().mean())
+
+
+def test_a_gate_of_mixed_families_is_no_layer():
+    x, y = crossing_lines(0, n=60)
+    gate = ExponentialFamilyGate(("gaussian", "exponential"))
+    model = quietly(MixtureOfExpertsRegressor(gate=gate, **SHORT), np.hstack([x, x**2]), y)
+    with pytest.raises(ValueError, match="families exponential, gaussian cannot become part of a layer"):
+        to_moe(model)
+
+
 def test_what_is_no_layer_says_so():
     x, y = crossing_lines(0, n=60)
     with pytest.raises(ValueError, match="DistributedGPRegressor has no gate and affine experts that a layer"):
         to_moe(DistributedGPRegressor())
+    with pytest.raises(ValueError, match="GatedEnsembleRegressor has no gate and affine experts that a layer"):
+        to_moe(GatedEnsembleRegressor())
     with pytest.raises(ValueError, match="not fitted yet"):
         to_moe(MixtureOfExpertsRegressor())
     model = quietly(MixtureOfExpertsRegressor(**SHORT), x, y)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from moestro.layers import MoE
 from moestro.mixtures import experts as kinds
 from moestro.mixtures.base import MixtureOfExperts
 from moestro.mixtures.experts.base import Expert
-from moestro.mixtures.gates import ConstantGate, GaussianGate, Params, SoftmaxGate
+from moestro.mixtures.gates import ConstantGate, ExponentialFamilyGate, GaussianGate, Params, SoftmaxGate
 from moestro.mixtures.numerics import Array
 from moestro.mixtures.rows import Scaling
 from moestro.routers import Scorer, TokenChoice, as_is, softmax
@@ -28,7 +29,8 @@ def to_moe(model: Any, dtype: torch.dtype = torch.float64) -> MoE:
 
         layer(x) = sum_i g_i(x) μ_i(x)        μ_i: mean, or class probabilities, of expert i
 
-    Its router weighs every expert (softmax, tree of softmaxes, Gaussian densities, constant), its experts are
+    Its router weighs every expert (softmax, tree of softmaxes, Gaussian densities, constant, an exponential family
+    whose columns are all Gaussian or all of a kind that makes affine logits), its experts are
     affine with the link of the family: none (normal, Laplace, Student, skewed: the skew moves the bias), `exp`
     (Poisson, gamma), `softmax` (classes). Spreads and shapes have no place in a layer; `from_moe` finds spreads
     again. Parameters are in the units of the data, so train on standardised data or with small steps.
@@ -100,9 +102,35 @@ def _constant_scorer(params: Params, scaling: Scaling) -> Scorer:
     return _affine(np.zeros((len(bias), len(scaling.x_center))), bias)
 
 
+# slope and constant of a column's log-density, where it is affine in the column up to what all experts share
+_AFFINE_FAMILIES: dict[str, Callable[[Array], tuple[Array, Array]]] = {
+    "bernoulli": lambda p: (np.log(p) - np.log1p(-p), np.log1p(-p)),
+    "poisson": lambda rate: (np.log(rate), -rate),
+    "exponential": lambda mean: (-1 / mean, -np.log(mean)),
+}
+
+
+def _exponential_scorer(params: Params, scaling: Scaling) -> Scorer:
+    names, columns = params["families"], params["columns"]
+    if set(names) == {"gaussian"}:
+        mean, variance = (np.stack([column[:, k] for column in columns], axis=1) for k in (0, 1))
+        raw = replace(scaling, x_center=np.zeros(len(names)), x_scale=np.ones(len(names)))  # the gate saw raw x
+        matrices = variance[:, :, None] * np.eye(len(names))
+        return _gaussian_scorer({"log_weight": params["log_weight"], "mean": mean, "covariance": matrices}, raw)
+    if not set(names) <= set(_AFFINE_FAMILIES):
+        raise ValueError(
+            f"a gate of the families {', '.join(sorted(set(names)))} cannot become part of a layer; fit one whose "
+            f"columns are all gaussian, or all among {', '.join(_AFFINE_FAMILIES)}"
+        )
+    parts = [_AFFINE_FAMILIES[name](column[:, 0]) for name, column in zip(names, columns, strict=True)]
+    slopes, constants = (np.stack(each, axis=1) for each in zip(*parts, strict=True))
+    return _affine(slopes, params["log_weight"] + constants.sum(1))
+
+
 _SCORERS: dict[type, Callable[[Params, Scaling], Scorer]] = {
     SoftmaxGate: _softmax_scorer,
     GaussianGate: _gaussian_scorer,
+    ExponentialFamilyGate: _exponential_scorer,
     ConstantGate: _constant_scorer,
 }
 
