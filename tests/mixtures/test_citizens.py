@@ -33,6 +33,7 @@ EVERY = [
     ),
     (mixtures.MixtureOfExpertsClassifier(**QUICK), {"expert": ["multinomial", "elm"]}),
     (mixtures.OnlineMixtureOfExpertsRegressor(n_passes=1, random_state=0), {"n_experts": [1, 2]}),
+    (mixtures.OnlineMixtureOfExpertsClassifier(n_passes=1, random_state=0), {"n_experts": [1, 2]}),
     (mixtures.GatedEnsembleRegressor(max_rounds=1, random_state=0), {"n_experts": [1, 2]}),
     (mixtures.GatedEnsembleClassifier(max_rounds=1, random_state=0), {"n_experts": [1, 2]}),
     (mixtures.DistributedGPRegressor(points_per_expert=20, random_state=0), {"aggregation": ["poe", "rbcm"]}),

@@ -4,10 +4,16 @@ import warnings
 
 import numpy as np
 import pytest
-from oracles.planted_mixtures import crossing_lines
+from oracles.planted_mixtures import crossing_lines, xor
+from sklearn.linear_model import LogisticRegression
 from sklearn.utils.estimator_checks import check_estimator
 
-from moestro.mixtures import MixtureOfExpertsRegressor, OnlineMixtureOfExpertsRegressor
+from moestro.mixtures import (
+    MixtureOfExpertsClassifier,
+    MixtureOfExpertsRegressor,
+    OnlineMixtureOfExpertsClassifier,
+    OnlineMixtureOfExpertsRegressor,
+)
 
 
 def test_hme_online_one_pass_comes_within_a_percent_of_em():
@@ -53,10 +59,56 @@ def test_several_outputs():
 def test_a_bad_option_is_refused(options):
     with pytest.raises(ValueError, match=r"must be at least 1, forgetting=.* in \(0, 1\]"):
         OnlineMixtureOfExpertsRegressor(**options).fit(*crossing_lines(0, n=20))
+    with pytest.raises(ValueError, match=r"must be at least 1, forgetting=.* in \(0, 1\]"):
+        OnlineMixtureOfExpertsClassifier(**options).partial_fit(*xor(0, n=20))
 
 
-def test_scikit_learn_finds_no_fault():
+def test_hme_online_one_logit_expert_takes_the_newton_steps_written_out():
+    x, y = xor(0, n=40)
+    model = OnlineMixtureOfExpertsClassifier(1, n_passes=1, forgetting=0.9, prior=4.0, random_state=0).fit(x, y)
+    beta = 0.5 * np.random.RandomState(0).standard_normal(3)
+    inverse = np.eye(3) / 4.0  # of R
+    for t, (row, label) in enumerate(zip(model.scaling_.x(x), y, strict=True)):
+        z, keep = np.append(1.0, row), 1 - 0.1 * 0.999**t
+        p = 1 / (1 + np.exp(-beta @ z))  # of the first class
+        inverse = keep * inverse + max(p * (1 - p), 1e-3) * np.outer(z, z)
+        beta = beta + np.linalg.solve(inverse, z) * ((label == 0) - p)
+    np.testing.assert_allclose(model.mixture_.expert_params["coef"].ravel(), beta, rtol=1e-9)
+
+
+def test_hme_online_one_logit_expert_comes_near_logistic_regression():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((5000, 2))
+    y = rng.random(5000) < 1 / (1 + np.exp(-(0.5 + x @ [1.0, -2.0])))
+    model = OnlineMixtureOfExpertsClassifier(1, n_passes=1, forgetting=1.0, random_state=0).fit(x, y)
+    whole = LogisticRegression(C=np.inf).fit(x, y)
+    np.testing.assert_allclose(-model.expert_coef_[0, 0], whole.coef_[0], atol=0.05)
+
+
+def test_hme_online_classes_reach_what_em_reaches():
+    x, y = xor(0, n=3000)
+    batch = MixtureOfExpertsClassifier(2, random_state=0, tol=1e-4).fit(x, y)
+    online = OnlineMixtureOfExpertsClassifier(2, random_state=1).fit(x, y)
+    assert online.score(x, y) > 0.95 * batch.score(x, y)
+
+
+def test_hme_online_classes_may_come_late():
+    x, y = xor(0, n=300)
+    names = np.array(["a", "b", "c"])[y + (x[:, 0] > 0.5)]
+    model = OnlineMixtureOfExpertsClassifier(branching=(2, 2), random_state=0)
+    model.partial_fit(x[y == 0][:50], names[y == 0][:50], classes=["c", "b", "a"]).partial_fit(x, names)
+    assert model.classes_.tolist() == ["a", "b", "c"]
+    assert model.n_seen_ == 350
+    np.testing.assert_allclose(model.predict_proba(x).sum(1), 1.0)
+    with pytest.raises(ValueError, match="but the first call had"):
+        model.partial_fit(x, names, classes=["a", "b"])
+    with pytest.raises(ValueError, match="y has the class d"):
+        model.partial_fit(x[:2], ["a", "d"])
+
+
+@pytest.mark.parametrize("estimator", [OnlineMixtureOfExpertsRegressor, OnlineMixtureOfExpertsClassifier])
+def test_scikit_learn_finds_no_fault(estimator):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        results = check_estimator(OnlineMixtureOfExpertsRegressor(), on_fail=None)
+        results = check_estimator(estimator(), on_fail=None)
     assert [(r["check_name"], r["exception"]) for r in results if r["status"] == "failed"] == []

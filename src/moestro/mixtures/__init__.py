@@ -10,7 +10,7 @@ from moestro.mixtures.ensemble import GatedEnsembleClassifier, GatedEnsembleRegr
 from moestro.mixtures.forecasts import ForecastAggregator
 from moestro.mixtures.gp import DistributedGPRegressor
 from moestro.mixtures.ica import SparseGaussianICA
-from moestro.mixtures.online import OnlineMixtureOfExpertsRegressor
+from moestro.mixtures.online import OnlineMixtureOfExpertsClassifier, OnlineMixtureOfExpertsRegressor
 from moestro.mixtures.regressor import MixtureOfExpertsRegressor
 from moestro.mixtures.selection import align_experts, select_n_experts
 
@@ -25,6 +25,7 @@ __all__ = [
     "GatedEnsembleRegressor",
     "MixtureOfExpertsClassifier",
     "MixtureOfExpertsRegressor",
+    "OnlineMixtureOfExpertsClassifier",
     "OnlineMixtureOfExpertsRegressor",
     "SparseGaussianICA",
     "align_experts",
