@@ -23,6 +23,7 @@ from moestro.mixtures.choices import part, wrapped
 from moestro.mixtures.experts import Expert
 from moestro.mixtures.fitting import em, gradient
 from moestro.mixtures.fitting.start import STARTS
+from moestro.mixtures.fitting.stopping import STOPPING
 from moestro.mixtures.gates import GATES, Gate, SoftmaxGate
 from moestro.mixtures.mixture import Mixture
 from moestro.mixtures.numerics import Array, softmax_rows
@@ -53,6 +54,7 @@ class MixtureOfExperts(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         expert: str | Expert = "linear",
         algorithm: str = "em",
         loss: str = "mixture",
+        stopping: str = "change",
         tol: float = 1e-6,
         max_iter: int = 500,
         n_init: int = 5,
@@ -69,6 +71,7 @@ class MixtureOfExperts(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         self.expert = expert
         self.algorithm = algorithm
         self.loss = loss
+        self.stopping = stopping
         self.tol = tol
         self.max_iter = max_iter
         self.n_init = n_init
@@ -165,6 +168,11 @@ class MixtureOfExperts(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
             raise ValueError(
                 f"loss={self.loss!r} needs algorithm='gradient'; {self.algorithm!r} climbs the likelihood"
             )
+        if self.stopping not in STOPPING or (self.stopping != "change" and self.algorithm not in em.ALGORITHMS):
+            raise ValueError(
+                f"stopping={self.stopping!r} is unknown or no rule of algorithm={self.algorithm!r}; pass one of "
+                f"{', '.join(STOPPING)} with an EM algorithm"
+            )
         if isinstance(self.init, str) and self.init not in ("auto", *STARTS):
             raise ValueError(f"init={self.init!r} is unknown; pass auto, {', '.join(STARTS)} or an array of shares")
         if self.n_init < 1 or self.max_iter < 1 or self.tol < 0 or self.reg_covar < 0:
@@ -233,7 +241,17 @@ class MixtureOfExperts(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
     ) -> em.Fit:
         if self.algorithm == "gradient":
             return gradient.run(first, rows, self.loss, self.tol, max_iter - begin, report)
-        return em.run(em.ALGORITHMS[self.algorithm], first, rows, self.tol, max_iter, rng, report, begin)
+        return em.run(
+            em.ALGORITHMS[self.algorithm],
+            first,
+            rows,
+            self.tol,
+            max_iter,
+            rng,
+            report,
+            begin,
+            STOPPING[self.stopping],
+        )
 
     def _restarts(
         self, blank: Mixture, branching: tuple[int, ...], rows: Rows, x: Array, used: Array

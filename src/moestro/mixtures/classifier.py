@@ -28,7 +28,7 @@ class MixtureOfExpertsClassifier(ClassifierMixin, MixtureOfExperts):
             with other options.
         expert: "multinomial", "logistic" (two classes), "constant", "svm", "elm" (extreme learning machines), an
             expert object with other options, or any classifier of scikit-learn that takes sample_weight.
-        algorithm, tol, max_iter, n_init, init, warm_start, random_state, verbose, n_jobs: as for
+        algorithm, stopping, tol, max_iter, n_init, init, warm_start, random_state, verbose, n_jobs: as for
             `MixtureOfExpertsRegressor`.
 
     Attributes: `classes_`, gate attributes as for `MixtureOfExpertsRegressor`, `expert_coef_`
@@ -46,6 +46,7 @@ class MixtureOfExpertsClassifier(ClassifierMixin, MixtureOfExperts):
         gate: str | Gate = "softmax",
         expert: str | Expert = "multinomial",
         algorithm: str = "em",
+        stopping: str = "change",
         tol: float = 1e-6,
         max_iter: int = 500,
         n_init: int = 5,
@@ -61,6 +62,7 @@ class MixtureOfExpertsClassifier(ClassifierMixin, MixtureOfExperts):
             gate=gate,
             expert=expert,
             algorithm=algorithm,
+            stopping=stopping,
             tol=tol,
             max_iter=max_iter,
             n_init=n_init,

@@ -39,7 +39,9 @@ class MixtureOfExpertsRegressor(RegressorMixin, MixtureOfExperts):
         loss: of algorithm "gradient": "mixture" (the likelihood), or the squared errors of Jacobs et al. 1991,
             "expected" `sum_i g_i |y - μ_i|²` and "blend" `|y - sum_i g_i μ_i|²` (Meta-Pi), for normal experts;
             their paths are minus the loss, their variances those of the errors under the gate.
-        tol: stop when the mean objective changes by less.
+        stopping: of the EM algorithms: "change" of the mean objective in the last step, or "aitken", what it can
+            still gain if its steps go on shrinking as the last two did (the stricter rule for slow fits).
+        tol: stop when that is less.
         max_iter: most iterations per start.
         n_init: number of starts; each runs 100 iterations at most and the best goes on.
         init: "segments", "subset", "random", "soft", "kmeans", "auto" (these in turn), or shares `[rows, experts]`

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 
+from moestro.mixtures.fitting.stopping import Stop, by_change
 from moestro.mixtures.gates.base import Effort
 from moestro.mixtures.mixture import Mixture
 from moestro.mixtures.numerics import Array, is_empty, softmax_rows
@@ -112,8 +113,9 @@ def run(
     rng: np.random.RandomState,
     report: Callable[[int, float], None],
     begin: int = 0,
+    stop: Stop = by_change,
 ) -> Fit:
-    """Iterates until the mean objective changes by less than tol; returns the best mixture seen.
+    """Iterates until `stop` is content with tol per row; returns the best mixture seen.
 
     The inner steps of an M-step stop when they promise less than 3 % of what the last whole iteration gained, or
     of tol. Every inner step that is taken raises its part of the objective, so the whole still never falls (a
@@ -135,7 +137,7 @@ def run(
         if algorithm.stall is not None:
             converged = iteration - best_at >= algorithm.stall
         elif iteration >= max(algorithm.patience, begin + 1):
-            converged = abs(objective - path[-2]) < tol * rows.total
+            converged = stop(path, least)
         if converged or iteration == max_iter:
             break
         gain = objective - path[-2] if climbs and len(path) > 1 else 0.0
