@@ -26,15 +26,11 @@ def step_with_two_noises(seed, n=100):
 
 def gp_settings(**changes):
     options = {
-        "n_burn": 0,
-        "n_samples": 1,
-        "thin": 1,
         "n_auxiliary": 3,
         "alpha": None,
         "width": None,
         "hyperparameters": None,
         "n_init_experts": 2,
-        "verbose": 0,
     }
     return gp_chain.Settings(**{**options, **changes})
 
@@ -191,7 +187,7 @@ def test_dp_multinomial_logit_density_is_that_of_a_diagonal_gaussian_gate():
     gate = GaussianGate("diag").log_weight(params, x)
     logits = np.einsum("tp,kcp->tkc", np.column_stack([np.ones(40), x]), parts.coef)
     by_class = logits - np.logaddexp.reduce(logits, axis=2, keepdims=True)
-    chain = logit_chain.LogitChain(x, target, 3, logit_chain.Settings(0, 1, 1, 5, None, 1, 0), 0)
+    chain = logit_chain.LogitChain(x, target, 3, logit_chain.Settings(5, None, 1), 0)
     joint = np.log(weight) + chain.log_densities(x, target, parts)
     np.testing.assert_allclose(joint, gate + by_class[np.arange(40), :, target], atol=1e-10)
 
@@ -209,7 +205,7 @@ class PriorLogitChain(logit_chain.LogitChain):
 def test_dp_multinomial_logit_without_data_is_the_chinese_restaurant():
     n, gamma = 15, 1.5
     rng = np.random.default_rng(0)
-    settings = logit_chain.Settings(0, 1, 1, 5, gamma, 1, 0)
+    settings = logit_chain.Settings(5, gamma, 1)
     chain = PriorLogitChain(rng.standard_normal((n, 1)), rng.integers(0, 2, n), 2, settings, 0)
     tables = []
     for sweep in range(1200):

@@ -52,7 +52,10 @@ def test_distributed_gps_one_robust_expert_is_tempered_by_the_entropy_gained():
     mean, variance = model.predict_experts(X)
     power = 0.5 * (np.log(2.0) - np.log(variance[0]))
     precision = power / variance[0] + (1 - power) / 2.0
-    np.testing.assert_allclose(model.predict(X), power * mean[0, :, 0] / variance[0] / precision, atol=1e-10)
+    found, std = model.predict(X, return_std=True)
+    np.testing.assert_allclose(found, power * mean[0, :, 0] / variance[0] / precision, atol=1e-10)
+    np.testing.assert_allclose(std**2 - 0.05, 1 / precision, atol=1e-10)
+    assert np.abs(std**2 - 0.05 - variance[0]).max() > 1e-3  # so one robust expert is not the exact process
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)

@@ -166,7 +166,7 @@ def test_student_experts_one_is_robust_regression():
 
 @pytest.mark.parametrize("kind", ["full", "diag", "spherical", "tied"])
 @pytest.mark.parametrize("outputs", [1, 2])
-def test_constant_experts_with_a_constant_gate_are_a_gaussian_mixture(kind, outputs):
+def test_constant_experts_and_linear_gaussian_fullcov_with_a_constant_gate_are_a_gaussian_mixture(kind, outputs):
     blobs = np.random.default_rng(0).standard_normal((300, 2)) * [1, 3] + np.repeat(
         [[0, 0], [6, 9], [-5, 9]], 100, 0
     )

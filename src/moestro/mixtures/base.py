@@ -1,30 +1,28 @@
-"""What the regressor and the classifier share: fitting, densities, criteria, errors of the parameters."""
+"""How the regressor and the classifier are fitted: options, starts, and the run that goes on with the best."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any, Self
 
 import numpy as np
 from joblib import Parallel, delayed
 from sklearn.base import (
-    BaseEstimator,
     ClassNamePrefixFeaturesOutMixin,
     TransformerMixin,
     is_classifier,
 )
 from sklearn.utils import Tags, check_random_state
 from sklearn.utils.metaestimators import available_if
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from sklearn.utils.validation import _check_sample_weight
 
-from moestro.mixtures import errors
 from moestro.mixtures.choices import part, wrapped
 from moestro.mixtures.experts import Expert
+from moestro.mixtures.fitted import FittedMixture
 from moestro.mixtures.fitting import em, gradient
 from moestro.mixtures.fitting.start import STARTS
 from moestro.mixtures.fitting.stopping import STOPPING
-from moestro.mixtures.gates import GATES, Gate, SoftmaxGate
+from moestro.mixtures.gates import GATES, Gate
 from moestro.mixtures.mixture import Mixture
 from moestro.mixtures.numerics import Array, softmax_rows
 from moestro.mixtures.rows import Rows, Scaling, merge_repeats
@@ -32,15 +30,11 @@ from moestro.mixtures.rows import Rows, Scaling, merge_repeats
 _TRIAL = 100  # iterations that every start gets; only the best goes on
 
 
-def _generative(estimator: Any) -> bool:
-    return part(estimator.gate, GATES, "gate").generative
-
-
 def _fits_any_target(estimator: Any) -> bool:
     return estimator._chosen_expert().target != "positive"
 
 
-class MixtureOfExperts(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+class MixtureOfExperts(ClassNamePrefixFeaturesOutMixin, TransformerMixin, FittedMixture):
     """Base of the two estimators; `transform` returns the gate probabilities."""
 
     _experts: dict[str, Callable[[], Expert]]
@@ -86,10 +80,6 @@ class MixtureOfExperts(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
 
     def _encode(self, y: Any) -> Array:
         """Targets as a matrix `[rows, outputs]`; sets what `predict` needs to answer in the same form."""
-        raise NotImplementedError
-
-    def _known(self, y: Any) -> Array:
-        """Targets of a fitted estimator's methods as a matrix."""
         raise NotImplementedError
 
     def _check_target(self, y: Array, expert: Expert) -> None:
@@ -186,17 +176,6 @@ class MixtureOfExperts(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
     def _scaling_of(expert: Expert, x: Array, y: Array, weight: Array) -> Scaling:
         return Scaling.of(expert.covariates(x), y, weight, expert.target == "real")
 
-    def _rows(self, gate: Gate, expert: Expert, scaling: Scaling, x: Array, y: Array, weight: Array) -> Rows:
-        real = expert.target == "real"
-        return Rows(
-            gate.design(expert.covariates(x), scaling),
-            expert.regressors(x, scaling),
-            scaling.y(y) if real else y,
-            weight,
-            scaling,
-            max(self.reg_covar, 1e-300),
-        )
-
     def _previous(self, gate: Gate, expert: Expert, num_experts: int, y: Array) -> Mixture | None:
         """The fitted mixture where warm_start can go on with it."""
         if not (self.warm_start and hasattr(self, "mixture_")):
@@ -253,6 +232,10 @@ class MixtureOfExperts(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
             STOPPING[self.stopping],
         )
 
+    def _refit(self, rows: Rows) -> Mixture:
+        rng = check_random_state(self.random_state)
+        return self._run(self.mixture_, rows, rng, lambda iteration, value: None, self.max_iter).mixture
+
     def _restarts(
         self, blank: Mixture, branching: tuple[int, ...], rows: Rows, x: Array, used: Array
     ) -> list[em.Fit]:
@@ -308,41 +291,6 @@ class MixtureOfExperts(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         self._describe()
         return self
 
-    def _describe(self) -> None:
-        """Parameters in the user's units as attributes."""
-        for params in (
-            self.mixture_.gate.attributes(self.mixture_.gate_params, self.scaling_),
-            self.mixture_.expert.attributes(self.mixture_.expert_params, self.scaling_),
-        ):
-            for name, value in params.items():
-                setattr(self, name, value)
-
-    def _log_volume(self) -> float:
-        """What the standardised log-density of a row is too large by."""
-        return self.scaling_.log_volume() + self.mixture_.gate.log_volume(self.scaling_)
-
-    # ------------------------------------------------------------- densities
-
-    def _features(self, X: Any) -> tuple[Array, Array]:
-        check_is_fitted(self)
-        x = validate_data(self, X, dtype=np.float64, reset=False)
-        gate, expert = self.mixture_.gate, self.mixture_.expert
-        return gate.design(expert.covariates(x), self.scaling_), expert.regressors(x, self.scaling_)
-
-    def _joint(self, X: Any, y: Any) -> tuple[Array, Array]:
-        """Joint log-densities of expert and target (and input) in the user's units, and the gate features."""
-        u, z = self._features(X)
-        target = self._known(y)
-        if len(target) != len(u):
-            raise ValueError(f"X has {len(u)} rows but y has {len(target)}; pass one target per row")
-        if self.mixture_.expert.target == "real":
-            target = self.scaling_.y(target)
-        return self.mixture_.joint(u, z, target) - self._log_volume(), u
-
-    def gate_proba(self, X: Any) -> Array:
-        """Probability of each expert before the target is seen, `[rows, experts]` (the leaves of a tree)."""
-        return self.mixture_.share(self._features(X)[0])
-
     def transform(self, X: Any) -> Array:
         """Gate probabilities as features, `[rows, experts]`.
 
@@ -360,162 +308,11 @@ class MixtureOfExperts(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
             tags.transformer_tags = None
         return tags
 
-    def node_proba(self, X: Any) -> list[Array]:
-        """Probabilities of every node's children, one array `[rows, nodes, children]` per level."""
-        gate = self.mixture_.gate
-        if not isinstance(gate, SoftmaxGate):
-            raise ValueError(f"gate={self.gate!r} has no tree; node_proba needs a softmax gate")
-        return [np.exp(level) for level in gate.node_log_proba(self.mixture_.gate_params, self._features(X)[0])]
-
-    def responsibilities(self, X: Any, y: Any) -> Array:
-        """Posterior probability of each expert given input and target, `[rows, experts]`."""
-        return softmax_rows(self._joint(X, y)[0])[1]
-
-    def assign(self, X: Any, y: Any = None) -> Array:
-        """Most probable expert of each row, by the posterior, or by the gate when y is left out."""
-        return (self.gate_proba(X) if y is None else self.responsibilities(X, y)).argmax(1)
-
-    def log_prob(self, X: Any, y: Any) -> Array:
-        """`log p(y | x)` of each row, `[rows]`."""
-        joint, u = self._joint(X, y)
-        value = softmax_rows(joint)[0]
-        if not self.mixture_.gate.generative:
-            return value
-        return value - self._log_prob_inputs(u)
-
-    def predict_density(self, X: Any, y: Any) -> Array:
-        """`p(y | x)` of each row, `[rows]`."""
-        return np.exp(self.log_prob(X, y))
-
-    def _log_prob_inputs(self, u: Array) -> Array:
-        weight = self.mixture_.gate.log_weight(self.mixture_.gate_params, u)
-        return softmax_rows(weight)[0] - self.mixture_.gate.log_volume(self.scaling_)
-
-    @available_if(_generative)
-    def score_samples(self, X: Any) -> Array:
-        """`log p(x)` of each row under a gate that models the inputs, `[rows]`: low for unusual inputs."""
-        return self._log_prob_inputs(self._features(X)[0])
-
-    @available_if(_generative)
-    def joint_log_prob(self, X: Any, y: Any) -> Array:
-        """`log p(x, y)` of each row under a gate that models the inputs, `[rows]`."""
-        return softmax_rows(self._joint(X, y)[0])[0]
-
-    # -------------------------------------------------------------- criteria
-
-    def log_likelihood(self, X: Any, y: Any, sample_weight: Any = None) -> float:
-        """Weighted sum of `log p(y | x)`; of `log p(x, y)` under a gate that models the inputs."""
-        joint, u = self._joint(X, y)
-        weight = _check_sample_weight(sample_weight, u, dtype=np.float64)
-        return float(weight @ softmax_rows(joint)[0])
-
-    def aic(self, X: Any, y: Any, sample_weight: Any = None) -> float:
-        """Akaike's criterion `-2 LL + 2 ν`; smaller is better."""
-        return -2 * self.log_likelihood(X, y, sample_weight) + 2 * self._counted()
-
-    def bic(self, X: Any, y: Any, sample_weight: Any = None) -> float:
-        """Bayesian criterion `-2 LL + ν log n`, n the sum of weights; smaller is better."""
-        joint, u = self._joint(X, y)
-        weight = _check_sample_weight(sample_weight, u, dtype=np.float64)
-        return -2 * float(weight @ softmax_rows(joint)[0]) + self._counted() * float(np.log(weight.sum()))
-
-    def _counted(self) -> int:
-        if self.n_parameters_ is None:
-            raise ValueError(
-                f"expert={self.expert!r} does not say how many numbers it learned; compare fits by held-out "
-                "log_prob, as select_n_experts(criterion='cv') does"
-            )
-        return int(self.n_parameters_)
-
-    def icl(self, X: Any, y: Any, sample_weight: Any = None) -> float:
-        """Integrated completed likelihood `BIC - 2 sum_t w_t log max_i h_ti`; smaller is better."""
-        joint, u = self._joint(X, y)
-        weight = _check_sample_weight(sample_weight, u, dtype=np.float64)
-        top = np.log(softmax_rows(joint)[1].max(1))
-        return self.bic(X, y, sample_weight) - 2 * float(weight @ top)
-
-    # ------------------------------------------------------------ parameters
-
-    def standard_errors(
-        self, X: Any, y: Any, sample_weight: Any = None, *, method: str = "oim", n_resamples: int = 100
-    ) -> dict[str, Array]:
-        """Standard errors of the fitted attributes, by name, on the given rows.
-
-        "oim" inverts the observed information. "bootstrap" refits resampled rows from the fitted shares and spreads
-        the results, experts matched by Hungarian assignment of their shares; it serves kinked densities too.
-
-        The information is that of the (penalised) log-likelihood, so that the uncertainty about who explains
-        what is counted. Infinite where the likelihood is flat. Trees answer for their experts only.
-        """
-        if method not in ("oim", "bootstrap"):
-            raise ValueError(f"method={method!r} is unknown; pass oim or bootstrap")
-        rows = self._rows_of(X, y, sample_weight)
-        if method == "oim":
-            return errors.attribute_errors(self.mixture_, rows, self.scaling_)
-        rng = check_random_state(self.random_state)
-
-        def refit(resampled: Rows) -> Mixture:
-            return self._run(self.mixture_, resampled, rng, lambda iteration, value: None, self.max_iter).mixture
-
-        return errors.bootstrap_errors(self.mixture_, rows, self.scaling_, refit, n_resamples, rng)
-
-    def summary(self, X: Any = None, y: Any = None, sample_weight: Any = None) -> str:
-        """A table of the parameters; with X and y also of standard errors, AIC, BIC and ICL."""
-        check_is_fitted(self)
-        num, lines = self._fitted_shape[0], []
-        lines.append(f"{type(self).__name__}: {num} experts, {self.n_parameters_ or 'uncounted'} parameters")
-        state = "converged" if self.converged_ else "not converged"
-        lines.append(f"log-likelihood {self.loglik_:.6f} after {self.n_iter_} iterations, {state}")
-        lines.append("weights " + " ".join(f"{weight:.4f}" for weight in self.weights_))
-        found = None
-        if X is not None:
-            found = self.standard_errors(X, y, sample_weight)
-            criteria = {name: getattr(self, name)(X, y, sample_weight) for name in ("aic", "bic", "icl")}
-            lines.append(" ".join(f"{name.upper()} {value:.3f}" for name, value in criteria.items()))
-        estimates = errors.attributes(self.mixture_, self.scaling_)
-        return "\n".join([*lines, errors.table(estimates, found)])
-
-    def _rows_of(self, X: Any, y: Any, sample_weight: Any) -> Rows:
-        check_is_fitted(self)
-        x = validate_data(self, X, dtype=np.float64, reset=False)
-        weight = _check_sample_weight(sample_weight, x, dtype=np.float64, ensure_non_negative=True)
-        return self._rows(self.mixture_.gate, self.mixture_.expert, self.scaling_, x, self._known(y), weight)
-
     def to_moe(self, **options: Any) -> Any:
         """The layer that computes what this mixture predicts; see `moestro.mixtures.torch.to_moe`. Needs torch."""
         from moestro.mixtures.torch import to_moe
 
         return to_moe(self, **options)
-
-    def sort_experts(self, by: str | Callable[[Any], Any] = "weight") -> Self:
-        """A copy with the experts of a flat mixture renumbered; predictions stay the same.
-
-        Args:
-            by: "weight" (largest first), "intercept", "variance", "coef:k" (smallest first), or a function of the
-                estimator that returns one number per expert (smallest first).
-        """
-        check_is_fitted(self)
-        return self._renumbered(np.argsort(self._sort_key(by), kind="stable"))
-
-    def _sort_key(self, by: str | Callable[[Any], Any]) -> Array:
-        if callable(by):
-            return np.asarray(by(self))
-        if by == "weight":
-            return -self.weights_
-        if by == "intercept":
-            return self.expert_intercept_[:, 0]
-        if by == "variance" and hasattr(self, "expert_variance_"):
-            return self.expert_variance_[:, 0]
-        if by.startswith("coef:"):
-            return self.expert_coef_[:, 0, int(by[5:])]
-        raise ValueError(f"by={by!r} is no order; pass weight, intercept, variance, coef:k or a function")
-
-    def _renumbered(self, order: Array) -> Self:
-        other = copy.copy(self)
-        other.mixture_ = self.mixture_.permute(order)
-        other.weights_ = self.weights_[order]
-        other._describe()
-        return other
 
 
 # scikit-learn replaces these two when the class is made, so their condition can only be put on afterwards

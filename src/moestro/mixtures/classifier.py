@@ -13,7 +13,7 @@ from sklearn.utils.validation import column_or_1d, validate_data
 from moestro.mixtures.base import MixtureOfExperts
 from moestro.mixtures.experts import CLASSIFICATION_EXPERTS, ConstantClassExpert, Expert, LogisticExpert
 from moestro.mixtures.gates import Gate
-from moestro.mixtures.numerics import Array
+from moestro.mixtures.numerics import Array, draw_labels
 
 
 class MixtureOfExpertsClassifier(ClassifierMixin, MixtureOfExperts):
@@ -135,6 +135,4 @@ class MixtureOfExpertsClassifier(ClassifierMixin, MixtureOfExperts):
     def sample(self, X: Any, random_state: Any = None) -> Any:
         """One class drawn from `P(c | x)` for each row."""
         rng = check_random_state(random_state)
-        proba = self.predict_proba(X)
-        chosen = (proba.cumsum(1) < rng.random_sample(len(proba))[:, None]).sum(1)
-        return self.classes_[np.minimum(chosen, len(self.classes_) - 1)]
+        return self.classes_[draw_labels(self.predict_proba(X), rng)]

@@ -25,7 +25,9 @@ def committee(mean: Array, variance: Array, prior: Array, aggregation: str) -> t
         μ = σ² sum_k β_k μ_k / σ_k²                        Deisenroth & Ng 2015, eqs. 10-21
 
     β_k is 1 ("poe", "bcm"), 1/M ("gpoe") or the entropy gained, ½ (log σ_0² - log σ_k²) ("gpoe-entropy" of Cao &
-    Fleet 2014, "rbcm"). Only "gpoe", "bcm" and "rbcm" return to the prior far from the data.
+    Fleet 2014, "rbcm"). Only "gpoe", "bcm" and "rbcm" return to the prior far from the data. A single expert is
+    the exact process under "poe", "gpoe" and "bcm"; under "rbcm" its precision is β / σ_1² + (1 - β) / σ_0², which
+    is that of the process only where β = 1 or nothing was learned: the entropy gained tempers even one expert.
 
     Shapes: mean `[experts, rows, ...]`, variance `[experts, rows]`, prior `[rows]` -> `[rows, ...]`, `[rows]`.
     """

@@ -57,6 +57,12 @@ def softmax_rows(logits: Array) -> tuple[Array, Array]:
     return (log_total + top)[:, 0], share
 
 
+def draw_labels(share: Array, rng: np.random.RandomState) -> Array:
+    """One expert for each row by its probabilities. Shapes: `[rows, experts]` -> `[rows]`."""
+    label = (share.cumsum(1) < rng.random_sample(len(share))[:, None]).sum(1)
+    return np.minimum(label, share.shape[1] - 1)  # rounding may leave a sum below one
+
+
 @lru_cache(maxsize=64)
 def upper_indices(size: int) -> tuple[Array, Array]:
     """Row and column of the entries on and above the diagonal."""

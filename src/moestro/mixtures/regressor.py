@@ -14,7 +14,7 @@ from moestro.mixtures.base import MixtureOfExperts
 from moestro.mixtures.choices import part, wrapped
 from moestro.mixtures.experts import REGRESSION_EXPERTS, ConstantExpert, Expert
 from moestro.mixtures.gates import ConstantGate
-from moestro.mixtures.numerics import Array
+from moestro.mixtures.numerics import Array, draw_labels
 from moestro.mixtures.quantiles import mixture_quantile
 
 
@@ -166,7 +166,5 @@ class MixtureOfExpertsRegressor(RegressorMixin, MixtureOfExperts):
         """One draw from `p(y | x)` for each row: an expert by the gate, then a target. Shapes as `predict`."""
         rng = check_random_state(random_state)
         u, z = self._features(X)
-        share = self.mixture_.share(u)
-        label = (share.cumsum(1) < rng.random_sample(len(u))[:, None]).sum(1)
-        label = np.minimum(label, share.shape[1] - 1)
+        label = draw_labels(self.mixture_.share(u), rng)
         return self._units(self.mixture_.expert.sample(self.mixture_.expert_params, z, label, rng))

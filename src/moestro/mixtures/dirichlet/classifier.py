@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
-from joblib import Parallel, delayed
-from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.utils import check_random_state
+from sklearn.base import ClassifierMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
 
+from moestro.mixtures.dirichlet.base import DirichletProcess
 from moestro.mixtures.dirichlet.logit_chain import (
-    Components,
-    Draw,
     LogitChain,
     Settings,
     draw_components,
     log_classes,
     log_inputs,
 )
-from moestro.mixtures.dirichlet.mcmc import diagnose
 from moestro.mixtures.numerics import Array, softmax_rows, weighted_moments
 
 _PRIOR_DRAWS = 20  # components of the base measure, at prediction
 
 
-class DirichletProcessMixtureOfExpertsClassifier(ClassifierMixin, BaseEstimator):
+class DirichletProcessMixtureOfExpertsClassifier(ClassifierMixin, DirichletProcess):
     """A nonlinear classifier made of linear ones: every component models its inputs and its classes.
 
         x_k | θ ~ N(μ_k, σ_k²),  P(y = c | x, θ) = softmax_c(a_c + xᵀb_c),  θ_t ~ G,  G ~ DP(γ, G0)
@@ -52,6 +49,8 @@ class DirichletProcessMixtureOfExpertsClassifier(ClassifierMixin, BaseEstimator)
     Attributes: `classes_`, `n_experts_trace_`, `concentration_trace_`, `log_likelihood_trace_` `[chains, draws]`,
     `coclustering_` `[rows, rows]` (how often two rows shared a component), `samples_`, `n_iter_`.
     """
+
+    _concentration = "concentration"
 
     def __init__(
         self,
@@ -83,68 +82,21 @@ class DirichletProcessMixtureOfExpertsClassifier(ClassifierMixin, BaseEstimator)
         x, y = validate_data(self, X, y, dtype=np.float64)
         y = column_or_1d(y, warn=True)
         check_classification_targets(y)
-        settings = self._settings()
+        schedule, settings = self._schedule(), self._settings()
         self.classes_, target = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
             raise ValueError(f"y has one class, {self.classes_[0]!r}; this classifier needs at least two classes")
         self._center, self._scale = weighted_moments(x, np.ones(len(x)))
         standard = (x - self._center) / self._scale
-        rng = check_random_state(self.random_state)
-        seeds = rng.randint(2**31 - 1, size=self.n_chains)
-        chains = Parallel(n_jobs=self.n_jobs)(
-            delayed(LogitChain.sample)(standard, target, len(self.classes_), settings, int(seed), number)
-            for number, seed in enumerate(seeds)
-        )
-        self._keep(chains, standard.shape[1], np.random.RandomState(int(seeds[0])))
-        self.n_iter_ = self.n_burn + self.n_samples * self.thin
+        _, rng = self._sample(partial(LogitChain, standard, target, len(self.classes_), settings), schedule)
+        scales = np.mean([draw.scales for draw in self.samples_], axis=0)
+        self._empty = draw_components(_PRIOR_DRAWS, standard.shape[1], len(self.classes_), scales, rng)
         return self
 
     def _settings(self) -> Settings:
-        counts = (self.n_samples, self.thin, self.n_chains, self.n_auxiliary, self.n_init_experts)
-        if min(counts) < 1 or self.n_burn < 0:
-            raise ValueError(
-                f"n_samples={self.n_samples}, thin={self.thin}, n_chains={self.n_chains}, "
-                f"n_auxiliary={self.n_auxiliary} and n_init_experts={self.n_init_experts} must be at least 1 and "
-                f"n_burn={self.n_burn} at least 0"
-            )
         if self.concentration is not None and not self.concentration > 0:
             raise ValueError(f"concentration={self.concentration} must be above 0")
-        return Settings(
-            self.n_burn,
-            self.n_samples,
-            self.thin,
-            self.n_auxiliary,
-            self.concentration,
-            self.n_init_experts,
-            self.verbose,
-        )
-
-    def _keep(self, chains: list[LogitChain], width: int, rng: np.random.RandomState) -> None:
-        self.samples_: list[Draw] = [draw for chain in chains for draw in chain.draws]
-        self.n_experts_trace_ = np.array([[len(draw.size) for draw in chain.draws] for chain in chains])
-        self.concentration_trace_ = np.array([[draw.concentration for draw in chain.draws] for chain in chains])
-        self.log_likelihood_trace_ = np.array([[draw.log_likelihood for draw in chain.draws] for chain in chains])
-        num_rows = len(self.samples_[0].label)
-        together = np.zeros((num_rows, num_rows))
-        for draw in self.samples_:
-            together += draw.label[:, None] == draw.label
-        self.coclustering_ = together / len(self.samples_)
-        scales = np.mean([draw.scales for draw in self.samples_], axis=0)
-        self._empty: Components = draw_components(_PRIOR_DRAWS, width, len(self.classes_), scales, rng)
-
-    def diagnostics(self) -> dict[str, dict[str, float]]:
-        """Mean, deviation, effective sample size and split R-hat of the label-free traces.
-
-        R-hat above about 1.05 or fewer than some dozens of effective draws ask for longer chains.
-        """
-        check_is_fitted(self)
-        return diagnose(
-            {
-                "n_experts": self.n_experts_trace_.astype(np.float64),
-                "concentration": self.concentration_trace_,
-                "log_likelihood": self.log_likelihood_trace_,
-            }
-        )
+        return Settings(self.n_auxiliary, self.concentration, self.n_init_experts)
 
     def predict_proba(self, X: Any) -> Array:
         """`P(c | x, data)`, `[rows, classes]`: every draw's components weighted by their density of x."""

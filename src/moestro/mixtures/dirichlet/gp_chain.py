@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
-from scipy.special import gammaln, xlogy
+from scipy.special import xlogy
 
-from moestro.mixtures.dirichlet.mcmc import slice_sample
+from moestro.mixtures.dirichlet.mcmc import Chain, log_concentration_density, slice_sample
 from moestro.mixtures.numerics import Array, softmax_rows
 
 _JITTER = 1e-6  # smallest noise
@@ -41,20 +41,20 @@ class Draw(NamedTuple):
     width: Array
     log_likelihood: float
 
+    @property
+    def num_experts(self) -> int:
+        return len(self.hyper)
+
 
 @dataclass(frozen=True)
 class Settings:
-    """How long to run, and what is fixed instead of learned."""
+    """How the chain starts and moves, and what is fixed instead of learned."""
 
-    n_burn: int
-    n_samples: int
-    thin: int
     n_auxiliary: int
     alpha: float | None
     width: float | None
     hyperparameters: tuple[float, float, float] | None
     n_init_experts: int
-    verbose: int
 
 
 def covariance(a: Array, b: Array, hyper: Hyper) -> Array:
@@ -143,7 +143,7 @@ def _log_normal(gap: float, variance: float) -> float:
     return float(-0.5 * (gap * gap / variance + np.log(2 * np.pi * variance)))
 
 
-class GPChain:
+class GPChain(Chain):
     """The state, and the moves that leave the posterior as it is."""
 
     def __init__(self, x: Array, y: Array, settings: Settings, seed: int):
@@ -151,7 +151,6 @@ class GPChain:
         self.rng = np.random.RandomState(seed)
         self.alpha = settings.alpha or 1.0
         self.width = np.full(x.shape[1], settings.width or 0.5)
-        self.draws: list[Draw] = []
         self.tried = self.taken = 0
         self.label = np.zeros(len(x), dtype=np.int64)
         order = np.argsort(x[:, 0], kind="stable")
@@ -175,19 +174,6 @@ class GPChain:
     @property
     def acceptance(self) -> float:
         return self.taken / self.tried if self.tried else float("nan")
-
-    @classmethod
-    def sample(cls, x: Array, y: Array, settings: Settings, seed: int, number: int) -> Self:
-        """Run the whole chain."""
-        chain = cls(x, y, settings, seed)
-        total = settings.n_burn + settings.n_samples * settings.thin
-        for sweep in range(1, total + 1):
-            chain.sweep()
-            if sweep > settings.n_burn and (sweep - settings.n_burn) % settings.thin == 0:
-                chain.draws.append(chain.state())
-            if settings.verbose and sweep % 10 == 0:
-                print(f"chain {number}, sweep {sweep}/{total}: {len(chain.experts)} experts", flush=True)
-        return chain
 
     def state(self) -> Draw:
         """What is kept of one sweep."""
@@ -261,11 +247,8 @@ class GPChain:
 
     def _alpha_density(self, log_alpha: float) -> float:
         """Of log α given the number of experts (Rasmussen 2000, eq. 15, times α for the logarithm)."""
-        alpha, n = float(np.exp(log_alpha)), len(self.x)
-        if not 0 < alpha < np.inf:
-            return -np.inf
-        power = (len(self.experts) - 0.5) * log_alpha - 1 / (2 * alpha)
-        return float(power + gammaln(alpha) - gammaln(n + alpha))
+        power = (len(self.experts) - 0.5) * log_alpha - 0.5 * float(np.exp(-log_alpha))
+        return power + log_concentration_density(log_alpha, len(self.x))
 
     def _width_density(self, width: Array) -> float:
         """Pseudo-likelihood of the labels and a log-normal prior around 0.5."""

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
-from scipy.special import gammaln
 
-from moestro.mixtures.dirichlet.mcmc import slice_sample
+from moestro.mixtures.dirichlet.mcmc import Chain, log_concentration_density, slice_sample
 from moestro.mixtures.numerics import Array, softmax_rows
 
 _SPREAD_MEAN, _SPREAD_STD = -1.0, 1.0  # of the log variances of a component's inputs
@@ -42,18 +41,18 @@ class Draw(NamedTuple):
     scales: Array
     log_likelihood: float
 
+    @property
+    def num_experts(self) -> int:
+        return len(self.size)
+
 
 @dataclass(frozen=True)
 class Settings:
-    """How long to run, and what is fixed instead of learned."""
+    """How the chain starts and moves, and what is fixed instead of learned."""
 
-    n_burn: int
-    n_samples: int
-    thin: int
     n_auxiliary: int
     concentration: float | None
     n_init_experts: int
-    verbose: int
 
 
 def draw_components(
@@ -81,7 +80,7 @@ def log_classes(x: Array, components: Components) -> Array:
     return logits - top - np.log(np.exp(logits - top).sum(2, keepdims=True))
 
 
-class LogitChain:
+class LogitChain(Chain):
     """The state, and the moves that leave the posterior as it is."""
 
     def __init__(self, x: Array, target: Array, num_classes: int, settings: Settings, seed: int):
@@ -96,7 +95,6 @@ class LogitChain:
         )
         for j in range(num):
             self._component_step(j)
-        self.draws: list[Draw] = []
 
     def _first_labels(self) -> Array:
         """A few rounds of k-means of the inputs, empty clusters left out."""
@@ -106,19 +104,6 @@ class LogitChain:
             label = np.unique(label, return_inverse=True)[1]
             centers = np.stack([self.x[label == j].mean(0) for j in range(label.max() + 1)])
         return np.asarray(label, dtype=np.int64)
-
-    @classmethod
-    def sample(cls, x: Array, target: Array, num_classes: int, settings: Settings, seed: int, number: int) -> Self:
-        """Run the whole chain."""
-        chain = cls(x, target, num_classes, settings, seed)
-        total = settings.n_burn + settings.n_samples * settings.thin
-        for sweep in range(1, total + 1):
-            chain.sweep()
-            if sweep > settings.n_burn and (sweep - settings.n_burn) % settings.thin == 0:
-                chain.draws.append(chain.state())
-            if settings.verbose and sweep % 10 == 0:
-                print(f"chain {number}, sweep {sweep}/{total}: {len(chain.components.mean)} components", flush=True)
-        return chain
 
     def state(self) -> Draw:
         """What is kept of one sweep."""
@@ -190,7 +175,8 @@ class LogitChain:
         mean = x.sum(0) * np.exp(-spread) / precision + self.rng.standard_normal(len(mean)) / np.sqrt(precision)
         square = ((x - mean) ** 2).sum(0)
         for k in range(len(spread)):
-            spread[k] = slice_sample(_spread_density(float(square[k]), len(x)), float(spread[k]), 1.0, self.rng)
+            density = _log_variance_density(float(square[k]), len(x), _SPREAD_MEAN, _SPREAD_STD)
+            spread[k] = slice_sample(density, float(spread[k]), 1.0, self.rng)
         self._coef_step(np.column_stack([np.ones(len(x)), x]), target, coef)
         for value, new in zip(self.components, (mean, spread, coef), strict=True):
             value[j] = new
@@ -214,24 +200,26 @@ class LogitChain:
     def _scale_step(self) -> None:
         parts = self.components.coef[:, :, 0], self.components.coef[:, :, 1:]
         for k, part in enumerate(parts):
-            density = _scale_density(float((part**2).sum()), part.size)
+            density = _log_variance_density(float((part**2).sum()), part.size, *_SCALES)
             self.scales[k] = np.exp(slice_sample(density, float(np.log(self.scales[k])), 1.0, self.rng))
 
     def _concentration_density(self, log_gamma: float) -> float:
-        gamma, n = float(np.exp(log_gamma)), len(self.x)
-        if not 0 < gamma < np.inf:
-            return -np.inf
-        prior = -0.5 * ((log_gamma - _CONCENTRATION[0]) / _CONCENTRATION[1]) ** 2
+        prior = _log_normal_prior(log_gamma, *_CONCENTRATION)
         power = len(self.components.mean) * log_gamma
-        return float(prior + power + gammaln(gamma) - gammaln(gamma + n))
+        return prior + power + log_concentration_density(log_gamma, len(self.x))
 
 
-def _spread_density(square: float, count: int) -> Callable[[float], float]:
+def _log_normal_prior(value: float, mean: float, deviation: float) -> float:
+    return -0.5 * ((value - mean) / deviation) ** 2
+
+
+def _log_variance_density(square: float, count: int, mean: float, deviation: float) -> Callable[[float], float]:
+    """Of the log variance of `count` normal numbers with the given sum of squares, under a normal prior."""
+
     def density(value: float) -> float:
         if abs(value) > 30:
             return -np.inf
-        prior = ((value - _SPREAD_MEAN) / _SPREAD_STD) ** 2
-        return float(-0.5 * (count * value + square * np.exp(-value) + prior))
+        return -0.5 * (count * value + square * float(np.exp(-value))) + _log_normal_prior(value, mean, deviation)
 
     return density
 
@@ -240,15 +228,5 @@ def _coef_density(base: Array, z: Array, rest: Array, hit: Array, variance: floa
     def density(value: float) -> float:
         logit = base + value * z
         return float((np.where(hit, logit, 0.0) - np.logaddexp(logit, rest)).sum() - 0.5 * value * value / variance)
-
-    return density
-
-
-def _scale_density(square: float, count: int) -> Callable[[float], float]:
-    def density(value: float) -> float:
-        if abs(value) > 30:
-            return -np.inf
-        prior = ((value - _SCALES[0]) / _SCALES[1]) ** 2
-        return float(-0.5 * (count * value + square * np.exp(-value) + prior))
 
     return density

@@ -1,14 +1,71 @@
-"""What the samplers share: slice sampling, and how well a chain has mixed."""
+"""What the chains share: how they are run, slice sampling, and how well they have mixed."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from scipy.special import gammaln
 
 from moestro.mixtures.numerics import Array
 
 _LONGEST = 20  # steps out on each side
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Sweeps to forget, draws to keep, sweeps per kept draw; `verbose` reports every tenth sweep."""
+
+    n_burn: int
+    n_samples: int
+    thin: int
+    verbose: int
+
+    @property
+    def total(self) -> int:
+        return self.n_burn + self.n_samples * self.thin
+
+
+class Chain(ABC):
+    """A state and the moves that leave the posterior as it is; `draws` are the states that were kept.
+
+    A draw has `label`, `num_experts` and `log_likelihood`.
+    """
+
+    draws: list[Any]
+
+    @abstractmethod
+    def sweep(self) -> None:
+        """Moves everything once."""
+
+    @abstractmethod
+    def state(self) -> Any:
+        """What is kept of one sweep."""
+
+
+def run_chain(make: Callable[[int], Chain], seed: int, schedule: Schedule, number: int) -> Chain:
+    """The chain of a seed after all its sweeps."""
+    chain = make(seed)
+    chain.draws = []
+    for sweep in range(1, schedule.total + 1):
+        chain.sweep()
+        if sweep > schedule.n_burn and (sweep - schedule.n_burn) % schedule.thin == 0:
+            chain.draws.append(chain.state())
+        if schedule.verbose and sweep % 10 == 0:
+            experts = chain.state().num_experts
+            print(f"chain {number}, sweep {sweep}/{schedule.total}: {experts} experts", flush=True)
+    return chain
+
+
+def log_concentration_density(log_value: float, num_rows: int) -> float:
+    """Of the concentration given how many rows there are, up to what depends on the number of experts alone."""
+    value = float(np.exp(log_value))
+    if not 0 < value < np.inf:
+        return -np.inf
+    return float(gammaln(value) - gammaln(num_rows + value))
 
 
 def slice_sample(

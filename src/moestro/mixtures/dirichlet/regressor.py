@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
-from joblib import Parallel, delayed
 from scipy.special import ndtr
-from sklearn.base import BaseEstimator, RegressorMixin
+from sklearn.base import RegressorMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 
-from moestro.mixtures.dirichlet.gp_chain import Draw, GPChain, Hyper, Settings, draw_prior, occupation, predictive
-from moestro.mixtures.dirichlet.mcmc import diagnose
-from moestro.mixtures.numerics import Array, softmax_rows, weighted_moments
+from moestro.mixtures.dirichlet.base import DirichletProcess
+from moestro.mixtures.dirichlet.gp_chain import GPChain, Settings, draw_prior, occupation, predictive
+from moestro.mixtures.numerics import Array, draw_labels, softmax_rows, weighted_moments
 
 _PRIOR_DRAWS = 20  # of an empty expert's variance, at prediction
 _HALVINGS = 60  # halvings of a quantile's bracket
 
 
-class DirichletProcessMixtureOfExpertsRegressor(RegressorMixin, BaseEstimator):
+class DirichletProcessMixtureOfExpertsRegressor(RegressorMixin, DirichletProcess):
     """Gaussian process experts whose number is inferred, under a Dirichlet process that sees the inputs.
 
         P(c_t = j | rest) = n_tj / (n - 1 + α)
@@ -51,6 +51,8 @@ class DirichletProcessMixtureOfExpertsRegressor(RegressorMixin, BaseEstimator):
     `[rows, rows]` (how often two rows shared an expert), `samples_` (labels and hyperparameters of every draw),
     `acceptance_` (of the Metropolis steps), `n_iter_`.
     """
+
+    _concentration = "alpha"
 
     def __init__(
         self,
@@ -84,75 +86,33 @@ class DirichletProcessMixtureOfExpertsRegressor(RegressorMixin, BaseEstimator):
     def fit(self, X: Any, y: Any) -> Self:
         """Sample the posterior given inputs `[rows, features]` and targets `[rows]`."""
         x, y = validate_data(self, X, y, dtype=np.float64, y_numeric=True)
-        settings = self._settings(len(x))
+        schedule, settings = self._schedule(), self._settings(len(x))
         target = np.asarray(y, dtype=np.float64)
         self._x_center, self._x_scale = weighted_moments(x, np.ones(len(x)))
         center, scale = weighted_moments(target[:, None], np.ones(len(x)))
         self._y_center, self._y_scale = float(center[0]), float(scale[0])
         self._x = (x - self._x_center) / self._x_scale
         self._y = (target - self._y_center) / self._y_scale
-        rng = check_random_state(self.random_state)
-        seeds = rng.randint(2**31 - 1, size=self.n_chains)
-        chains = Parallel(n_jobs=self.n_jobs)(
-            delayed(GPChain.sample)(self._x, self._y, settings, int(seed), number)
-            for number, seed in enumerate(seeds)
-        )
-        self._keep(chains, draw_prior(self._x.shape[1], _PRIOR_DRAWS, np.random.RandomState(int(seeds[0]))))
-        self.n_iter_ = self.n_burn + self.n_samples * self.thin
+        chains, rng = self._sample(partial(GPChain, self._x, self._y, settings), schedule)
+        self.acceptance_ = float(np.mean([chain.acceptance for chain in chains if isinstance(chain, GPChain)]))
+        self._empty_variance = self._variance_of_nobody(rng)
         return self
 
     def _settings(self, num_rows: int) -> Settings:
-        counts = (self.n_samples, self.thin, self.n_chains, self.n_auxiliary, self.n_init_experts)
         fixed = [self.alpha, self.width, *(self.hyperparameters or ())]
-        if min(counts) < 1 or self.n_burn < 0:
-            raise ValueError(
-                f"n_samples={self.n_samples}, thin={self.thin}, n_chains={self.n_chains}, "
-                f"n_auxiliary={self.n_auxiliary} and n_init_experts={self.n_init_experts} must be at least 1 and "
-                f"n_burn={self.n_burn} at least 0"
-            )
         if any(value is not None and not value > 0 for value in fixed):
             raise ValueError(
                 f"alpha={self.alpha}, width={self.width} and hyperparameters={self.hyperparameters} must be above 0"
             )
-        return Settings(
-            self.n_burn,
-            self.n_samples,
-            self.thin,
-            self.n_auxiliary,
-            self.alpha,
-            self.width,
-            self.hyperparameters,
-            min(self.n_init_experts, num_rows),
-            self.verbose,
-        )
+        num = min(self.n_init_experts, num_rows)
+        return Settings(self.n_auxiliary, self.alpha, self.width, self.hyperparameters, num)
 
-    def _keep(self, chains: list[GPChain], prior: list[Hyper]) -> None:
-        self.samples_: list[Draw] = [draw for chain in chains for draw in chain.draws]
-        self.n_experts_trace_ = np.array([[len(draw.hyper) for draw in chain.draws] for chain in chains])
-        self.alpha_trace_ = np.array([[draw.alpha for draw in chain.draws] for chain in chains])
-        self.log_likelihood_trace_ = np.array([[draw.log_likelihood for draw in chain.draws] for chain in chains])
-        self.acceptance_ = float(np.mean([chain.acceptance for chain in chains]))
-        together = np.zeros((len(self._x), len(self._x)))
-        for draw in self.samples_:
-            together += draw.label[:, None] == draw.label
-        self.coclustering_ = together / len(self.samples_)
-        self._empty_variance = float(np.mean([hyper.signal + hyper.noise for hyper in prior]))
+    def _variance_of_nobody(self, rng: np.random.RandomState) -> float:
+        """What an expert without rows expects of a target."""
         if self.hyperparameters is not None:
-            self._empty_variance = self.hyperparameters[0] + self.hyperparameters[2]
-
-    def diagnostics(self) -> dict[str, dict[str, float]]:
-        """Mean, deviation, effective sample size and split R-hat of the label-free traces.
-
-        R-hat above about 1.05 or fewer than some dozens of effective draws ask for longer chains.
-        """
-        check_is_fitted(self)
-        return diagnose(
-            {
-                "n_experts": self.n_experts_trace_.astype(np.float64),
-                "alpha": self.alpha_trace_,
-                "log_likelihood": self.log_likelihood_trace_,
-            }
-        )
+            return self.hyperparameters[0] + self.hyperparameters[2]
+        prior = draw_prior(self._x.shape[1], _PRIOR_DRAWS, rng)
+        return float(np.mean([hyper.signal + hyper.noise for hyper in prior]))
 
     def _components(self, X: Any) -> tuple[Array, Array, Array]:
         """Weights, means and variances of all experts of all draws, `[rows, components]`, standardised units."""
@@ -219,7 +179,6 @@ class DirichletProcessMixtureOfExpertsRegressor(RegressorMixin, BaseEstimator):
         """One draw from `p(y | x, data)` for each row, `[rows]`."""
         rng = check_random_state(random_state)
         weight, mean, variance = self._components(X)
-        chosen = (weight.cumsum(1) < rng.random_sample(len(weight))[:, None]).sum(1)
-        own = np.arange(len(weight)), np.minimum(chosen, weight.shape[1] - 1)
+        own = np.arange(len(weight)), draw_labels(weight, rng)
         draw = mean[own] + np.sqrt(variance[own]) * rng.standard_normal(len(weight))
         return self._y_center + self._y_scale * draw

@@ -9,7 +9,7 @@ import numpy as np
 from moestro.mixtures import logit
 from moestro.mixtures.experts.base import Expert, keep_empty, ridge
 from moestro.mixtures.gates.base import Effort, Params
-from moestro.mixtures.numerics import Array, is_empty
+from moestro.mixtures.numerics import Array, draw_labels, is_empty
 from moestro.mixtures.rows import Rows, Scaling
 
 
@@ -68,8 +68,7 @@ class MultinomialExpert(Expert):
 
     def sample(self, params: Params, z: Array, label: Array, rng: np.random.RandomState) -> Array:
         share = self.mean(params, z)[np.arange(len(z)), label]
-        chosen = (share.cumsum(1) < rng.random_sample(len(z))[:, None]).sum(1)
-        return np.eye(share.shape[1])[np.minimum(chosen, share.shape[1] - 1)]
+        return np.eye(share.shape[1])[draw_labels(share, rng)]
 
     def penalty(self, params: Params, rows: Rows) -> float:
         couple, weights = self._prior(rows, len(params["coef"]))

@@ -15,7 +15,7 @@ from sklearn.utils.validation import has_fit_parameter
 from moestro.mixtures.answers import class_probabilities, num_numbers
 from moestro.mixtures.experts.base import Expert, keep_empty
 from moestro.mixtures.gates.base import Effort, Params
-from moestro.mixtures.numerics import Array, is_empty
+from moestro.mixtures.numerics import Array, draw_labels, is_empty
 from moestro.mixtures.rows import Rows, Scaling
 
 _NOTHING = 1e-8  # shares below this part of an expert's largest are not worth a row
@@ -183,8 +183,7 @@ class EstimatorClassExpert(_Wrapped):
 
     def sample(self, params: Params, z: Array, label: Array, rng: np.random.RandomState) -> Array:
         share = self.mean(params, z)[np.arange(len(z)), label]
-        chosen = (share.cumsum(1) < rng.random_sample(len(z))[:, None]).sum(1)
-        return np.eye(share.shape[1])[np.minimum(chosen, share.shape[1] - 1)]
+        return np.eye(share.shape[1])[draw_labels(share, rng)]
 
     def attributes(self, params: Params, scaling: Scaling) -> dict[str, Any]:
         return {"expert_estimators_": list(params["estimator"])}

@@ -15,7 +15,7 @@ from sklearn.exceptions import ConvergenceWarning
 from moestro.mixtures.fitting.stopping import Stop, by_change
 from moestro.mixtures.gates.base import Effort
 from moestro.mixtures.mixture import Mixture
-from moestro.mixtures.numerics import Array, is_empty, softmax_rows
+from moestro.mixtures.numerics import Array, draw_labels, is_empty, softmax_rows
 from moestro.mixtures.rows import Rows
 
 _FULL = Effort()
@@ -69,10 +69,7 @@ def share_wholly(joint: Array, iteration: int, rng: np.random.RandomState) -> tu
 def share_by_lot(joint: Array, iteration: int, rng: np.random.RandomState) -> tuple[Array, Array]:
     """Each row to one expert drawn from the posterior."""
     value, share = softmax_rows(joint)
-    label = (share.cumsum(1) < rng.random_sample(len(joint))[:, None]).sum(1)
-    drawn = np.zeros_like(joint)
-    drawn[np.arange(len(joint)), np.minimum(label, joint.shape[1] - 1)] = 1.0
-    return value, drawn
+    return value, np.eye(joint.shape[1])[draw_labels(share, rng)]
 
 
 _WARM_STEPS = 20
