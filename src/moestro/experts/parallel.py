@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from moestro.experts.base import Experts
 from moestro.experts.single import FeedForward
 from moestro.kernels import as_autocast
-from moestro.parallel import Network, Placement, TokenTransport, Transport, Trip, make_transport
+from moestro.parallel import Mesh, Network, Placement, TokenTransport, Transport, Trip, make_transport
 from moestro.routing import MergeRouting, Routing, SparseRouting
 
 
@@ -24,9 +24,10 @@ class ParallelExperts(Experts):
 
     Args:
         local: this rank's experts, one per slot, in the order of the placement.
-        network: wires of the mesh.
+        mesh: ranks.
         placement: which slot holds which expert; None = in order, without replicas.
         transport: name of one, or one.
+        network: wires of the mesh, where layers share them; None = wires of its own, that carry rows as they are.
 
     Raises:
         ValueError: a bank of other size than the placement says, a placement for other ranks, an unknown transport
@@ -40,12 +41,13 @@ class ParallelExperts(Experts):
     def __init__(
         self,
         local: Experts,
-        network: Network,
+        mesh: Mesh,
         placement: Placement | None = None,
         transport: str | Transport = "linear",
+        network: Network | None = None,
     ) -> None:
         super().__init__()
-        ranks = network.mesh.shape.expert
+        ranks = mesh.shape.expert
         placement = placement or Placement.contiguous(local.num_experts * ranks, ranks)
         if placement.ranks != ranks:
             raise ValueError(f"the placement is for {placement.ranks} ranks but the mesh spreads over {ranks}")
@@ -54,10 +56,10 @@ class ParallelExperts(Experts):
                 f"this rank has {local.num_experts} experts but {placement.slots_per_rank} slots; hand over the "
                 "experts of its slots only, as bank.share(placement.experts_of(rank)) does"
             )
-        self.local, self.network, self.placement = local, network, placement
+        self.local, self.network, self.placement = local, network or Network(mesh), placement
         self.num_experts, self.width = placement.num_experts, local.width
         self.transport = make_transport(transport)
-        self.transport.check(network)
+        self.transport.check(self.network, local)
 
     @property
     def out_width(self) -> int:

@@ -54,7 +54,7 @@ def spread(
         local = bank.share(table.experts_of(rank))
         if mesh.shape.tensor > 1:
             local = local.slice(mesh.experts.get_local_rank("tensor"), mesh.shape.tensor)
-        return ParallelExperts(local, network, table, transport)
+        return ParallelExperts(local, mesh, table, transport, network)
 
     for moe in layers:
         moe.experts = moe.experts.replace_bank(make)

@@ -34,3 +34,9 @@ def permuted(rows: Tensor, order: Tensor, inverse: bool = False) -> Tensor:
         back[order] = torch.arange(len(order), device=order.device)
         order = back
     return rows.index_select(0, order)
+
+
+def parts_of(load: Tensor, parts: int) -> Tensor:
+    """Every block in parts as equal as can be: `load` -> `[parts, *load]`."""
+    bounds = torch.arange(parts + 1, device=load.device).view(-1, *[1] * load.dim()) * load // parts
+    return bounds.diff(dim=0)

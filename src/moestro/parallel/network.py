@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from moestro.parallel.traffic import Phase, Traffic, forward_phase
 from moestro.parallel.wire import Wire
 
 Rows = Callable[[Tensor, Phase], Tensor]
+Bank = Callable[[Tensor, Tensor], Tensor]
 
 
 class Network:
@@ -81,29 +82,56 @@ class Trip:
         device: of the rows.
     """
 
-    def __init__(self, network: Network, experts: nn.Module, device: torch.device) -> None:
+    def __init__(self, network: Network, experts: Bank, device: torch.device) -> None:
         self.network, self.experts, self.device = network, experts, device
         self._link = torch.zeros((), device=device, requires_grad=torch.is_grad_enabled())
+
+    def with_experts(self, experts: Bank) -> Trip:
+        """The same call with other experts; go on with what it returns only."""
+        trip = Trip(self.network, experts, self.device)
+        trip._link = self._link
+        return trip
+
+    def fresh(self) -> Trip:
+        """Another call, for what has a graph of its own."""
+        return Trip(self.network, self.experts, self.device)
+
+    def parameters(self) -> list[Tensor]:
+        """Of the experts of this rank."""
+        return list(self.experts.parameters()) if isinstance(self.experts, nn.Module) else []
+
+    def linked_by(self, function: Any, rows: Tensor, *rest: Any) -> Tensor:
+        """Apply an autograd function `(rows, link, *rest) -> (out, link)` as the next of the chain."""
+        out, self._link = function.apply(rows, self._link, *rest)
+        return out
 
     def counts(self, wire: Wire, load: Tensor) -> Tensor:
         """Tell every rank one row of counts, and learn one from each. Shapes: `[ranks, ...]` int64."""
         each = [1] * wire.size
         return wire.exchange(load, each, each, "counts", forward_phase())
 
-    def exchange(self, wire: Wire, rows: Tensor, send: Sequence[int], receive: Sequence[int], name: str) -> Tensor:
+    def exchange(
+        self,
+        wire: Wire,
+        rows: Tensor,
+        send: Sequence[int],
+        receive: Sequence[int],
+        name: str,
+        exact: bool = False,
+    ) -> Tensor:
         """See `Wire.exchange`; the gradient goes the way back."""
         return self._linked(
             rows,
-            partial(_exchange, wire=wire, send=send, receive=receive, name=name),
-            partial(_exchange, wire=wire, send=receive, receive=send, name=name),
+            lambda each, phase: wire.exchange(each, send, receive, name, phase, exact),
+            lambda each, phase: wire.exchange(each, receive, send, name, phase, exact),
         )
 
-    def gather(self, wire: Wire, rows: Tensor, sizes: Sequence[int], name: str) -> Tensor:
-        """See `Wire.gather`; the gradient is `scatter_sum`."""
+    def gather(self, wire: Wire, rows: Tensor, sizes: Sequence[int], name: str, exact: bool = False) -> Tensor:
+        """See `Wire.gather`, for rows that every rank then uses in its own way: the gradient is `scatter_sum`."""
         return self._linked(
             rows,
-            lambda each, phase: wire.gather(each, sizes, name, phase),
-            lambda each, phase: wire.scatter_sum(each, sizes, name, phase),
+            lambda each, phase: wire.gather(each, sizes, name, phase, exact),
+            lambda each, phase: wire.scatter_sum(each, sizes, name, phase, exact),
         )
 
     def scatter_sum(self, wire: Wire, rows: Tensor, sizes: Sequence[int], name: str) -> Tensor:
@@ -112,6 +140,24 @@ class Trip:
             rows,
             lambda each, phase: wire.scatter_sum(each, sizes, name, phase),
             lambda each, phase: wire.gather(each, sizes, name, phase),
+        )
+
+    def take_share(self, wire: Wire, rows: Tensor, sizes: Sequence[int], name: str) -> Tensor:
+        """This rank's part of rows that all ranks have; nothing travels, but the gradient is gathered."""
+        first = sum(sizes[: wire.rank])
+        return self._linked(
+            rows,
+            lambda each, phase: each[first : first + sizes[wire.rank]].clone(),
+            lambda each, phase: wire.gather(each, sizes, name, phase),
+        )
+
+    def join_shares(self, wire: Wire, rows: Tensor, sizes: Sequence[int], name: str) -> Tensor:
+        """See `Wire.gather`, for rows that all ranks then use in the same way: the gradient is this rank's part."""
+        first = sum(sizes[: wire.rank])
+        return self._linked(
+            rows,
+            lambda each, phase: wire.gather(each, sizes, name, phase),
+            lambda each, phase: each[first : first + sizes[wire.rank]].clone(),
         )
 
     def compute(self, rows: Tensor, load: Tensor) -> Tensor:
@@ -139,14 +185,7 @@ class Trip:
         return self.scatter_sum(wire, self._compute_here(rows, loads), sizes, "slices out")
 
     def _linked(self, rows: Tensor, forward: Rows, backward: Rows) -> Tensor:
-        out, self._link = _Linked.apply(rows, self._link, forward, backward)
-        return out
-
-
-def _exchange(
-    rows: Tensor, phase: Phase, wire: Wire, send: Sequence[int], receive: Sequence[int], name: str
-) -> Tensor:
-    return wire.exchange(rows, send, receive, name, phase)
+        return self.linked_by(_Linked, rows, forward, backward)
 
 
 class _Linked(torch.autograd.Function):

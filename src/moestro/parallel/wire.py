@@ -40,17 +40,38 @@ class Wire:
         ]
 
     def exchange(
-        self, rows: Tensor, send: Sequence[int], receive: Sequence[int], name: str, phase: Phase
+        self,
+        rows: Tensor,
+        send: Sequence[int],
+        receive: Sequence[int],
+        name: str,
+        phase: Phase,
+        exact: bool = False,
     ) -> Tensor:
-        """Rows in the order of ranks to them, and what comes back in that order."""
-        return self.start(rows, send, receive, name, phase)()
+        """Rows in the order of ranks to them, and what comes back in that order.
+
+        Args:
+            rows: `[sum of send, ...]`.
+            send: rows for each rank.
+            receive: rows from each rank.
+            name: for the counts.
+            phase: likewise.
+            exact: whether they travel as they are, whatever the dtype of the wire.
+        """
+        return self.start(rows, send, receive, name, phase, exact)()
 
     def start(
-        self, rows: Tensor, send: Sequence[int], receive: Sequence[int], name: str, phase: Phase
+        self,
+        rows: Tensor,
+        send: Sequence[int],
+        receive: Sequence[int],
+        name: str,
+        phase: Phase,
+        exact: bool = False,
     ) -> Callable[[], Tensor]:
         """Begin an exchange; call what is returned to wait for the rows."""
-        wire_rows = rows.to(self.dtype or rows.dtype) if rows.is_floating_point() else rows
-        wire_rows = wire_rows.contiguous()
+        narrow = self.dtype is not None and not exact and rows.is_floating_point()
+        wire_rows = (rows.to(self.dtype) if narrow else rows).contiguous()
         arrived = wire_rows.new_empty(sum(receive), *rows.shape[1:])
         each = wire_rows.element_size() * rows.shape[1:].numel()
         self.traffic.add(name, phase, [n * each for n in send], self.links)
@@ -62,13 +83,15 @@ class Wire:
 
         return wait
 
-    def gather(self, rows: Tensor, sizes: Sequence[int], name: str, phase: Phase) -> Tensor:
+    def gather(self, rows: Tensor, sizes: Sequence[int], name: str, phase: Phase, exact: bool = False) -> Tensor:
         """The rows of all ranks, rank r having `sizes[r]` of them."""
         copies = rows.repeat(self.size, *[1] * (rows.dim() - 1))
-        return self.exchange(copies, [len(rows)] * self.size, sizes, name, phase)
+        return self.exchange(copies, [len(rows)] * self.size, sizes, name, phase, exact)
 
-    def scatter_sum(self, rows: Tensor, sizes: Sequence[int], name: str, phase: Phase) -> Tensor:
+    def scatter_sum(
+        self, rows: Tensor, sizes: Sequence[int], name: str, phase: Phase, exact: bool = False
+    ) -> Tensor:
         """The sum over ranks of this rank's `sizes[rank]` rows: the adjoint of `gather`."""
         own = sizes[self.rank]
-        pieces = self.exchange(rows, sizes, [own] * self.size, name, phase)
+        pieces = self.exchange(rows, sizes, [own] * self.size, name, phase, exact)
         return pieces.view(self.size, own, *rows.shape[1:]).sum(0)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moestro.parallel.network import Network, Trip
 
@@ -23,8 +23,8 @@ class Transport(ABC):
 
     drops_copies = False
 
-    def check(self, network: Network) -> None:  # noqa: B027
-        """Raise ValueError if this transport cannot run there; called when a layer is built."""
+    def check(self, network: Network, experts: nn.Module) -> None:  # noqa: B027
+        """Raise ValueError if this transport cannot serve these experts there; called when a layer is built."""
 
     @abstractmethod
     def carry(self, trip: Trip, rows: Tensor, load: Tensor) -> Tensor:
