@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -70,3 +71,21 @@ class Placement:
     def slots_of(self, expert: int) -> Sequence[int]:
         """The slots that hold an expert."""
         return [slot for slot, held in enumerate(self.expert_of_slot) if held == expert]
+
+    def load_per_rank(self, load: Sequence[float]) -> list[float]:
+        """The work of each rank when experts have this load and replicas share theirs evenly."""
+        if len(load) != self.num_experts:
+            raise ValueError(f"a load of {len(load)} experts does not fit a placement of {self.num_experts}")
+        share = [float(each) / count for each, count in zip(load, self.num_replicas, strict=True)]
+        return [sum(share[expert] for expert in self.experts_of(rank)) for rank in range(self.ranks)]
+
+    def balancedness(self, load: Sequence[float]) -> float:
+        """Mean over the largest load of a rank: 1 = even, 1 / ranks = all on one; 1 where there is no load."""
+        per_rank = self.load_per_rank(load)
+        return sum(per_rank) / len(per_rank) / max(per_rank) if max(per_rank) else 1.0
+
+    @property
+    def num_replicas(self) -> list[int]:
+        """How many slots hold each expert."""
+        count = Counter(self.expert_of_slot)
+        return [count[expert] for expert in range(self.num_experts)]

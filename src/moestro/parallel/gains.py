@@ -1,0 +1,105 @@
+"""What each policy would have gained: decided from the first part of a history, measured on the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from moestro.parallel.loads import Load, load_shares
+from moestro.parallel.placement import Placement
+from moestro.parallel.policies import POLICIES, REPLICATING, Cluster
+from moestro.parallel.predict import PREDICTORS
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What one policy does for one layer.
+
+    Attributes:
+        policy: its name.
+        placement: what it chose.
+        balancedness: mean over largest load of a rank, averaged over the steps that it had not seen; 1 = even.
+        hindsight: the same when it decides from these steps themselves: what a perfect predictor would give.
+        speedup: largest load of a rank with experts in order over that with the policy; how much faster the experts
+            of the layer get where ranks wait for the busiest.
+        moved: experts that a rank must fetch, compared with experts in order.
+    """
+
+    policy: str
+    placement: Placement
+    balancedness: float
+    hindsight: float
+    speedup: float
+    moved: int
+
+
+def policy_gains(
+    history: Load,
+    cluster: Cluster,
+    *,
+    predictor: str = "sliding-average",
+    decide_at: float = 0.5,
+    policies: Iterable[str] | None = None,
+) -> list[Gain]:
+    """What the policies would have gained in one layer, had they decided once.
+
+    Args:
+        history: loads of the layer, `[steps, experts]`.
+        cluster: ranks and slots. Policies without replicas use one slot for each expert.
+        predictor: of the loads to come, see `PREDICTORS`.
+        decide_at: share of the history after which placements are decided.
+        policies: names in `POLICIES`; None = all.
+
+    Raises:
+        ValueError: unknown names, a history too short to be split, or sizes that do not fit.
+    """
+    shares = load_shares(history)
+    names = list(POLICIES if policies is None else policies)
+    _known(names, POLICIES)
+    _known([predictor], PREDICTORS)
+    split = round(len(shares) * decide_at)
+    if not 0 < split < len(shares):
+        raise ValueError(f"{len(shares)} records cannot be split at {decide_at}: nothing would be left on one side")
+    seen, later = shares[:split], shares[split:]
+    forecast = PREDICTORS[predictor](seen, len(later))
+    in_order = Placement.contiguous(shares.shape[1], cluster.ranks)
+    base = _busiest(in_order, later).mean()
+    gains = []
+    for name in names:
+        sizes = cluster if name in REPLICATING else Cluster(cluster.ranks, None, cluster.nodes, cluster.groups)
+        # co-occurrence is seen in the past only; a forecast is as smooth as its predictor
+        placement = POLICIES[name](seen if name == "anti-correlation" else forecast, sizes)
+        best = POLICIES[name](later, sizes)
+        gains.append(
+            Gain(
+                name,
+                placement,
+                _balancedness(placement, later),
+                _balancedness(best, later),
+                float(base / _busiest(placement, later).mean()),
+                _moved(in_order, placement),
+            )
+        )
+    return gains
+
+
+def _known(names: Iterable[str], table: Collection[str]) -> None:
+    for name in names:
+        if name not in table:
+            raise ValueError(f"unknown {name!r}; there are {', '.join(table)}")
+
+
+def _busiest(placement: Placement, loads: np.ndarray) -> np.ndarray:
+    """The largest load of a rank in each step."""
+    return np.array([max(placement.load_per_rank(load)) for load in loads])
+
+
+def _balancedness(placement: Placement, loads: np.ndarray) -> float:
+    return float(np.mean([placement.balancedness(load) for load in loads]))
+
+
+def _moved(before: Placement, after: Placement) -> int:
+    ranks = range(before.ranks)
+    return sum(len(set(after.experts_of(rank)) - set(before.experts_of(rank))) for rank in ranks)
