@@ -17,6 +17,7 @@ SIZES = {"width": 6, "hidden": 4}
         ("mixtral", {"num_experts": 2, "balance": 0.1}, "every token takes all 2 experts"),
         ("olmoe", {"num_experts": 4, "top_k": 4, "balance": 0.1}, "every token takes all 4 experts"),
         ("deepseek-v3", {"num_experts": 3, "top_k": 3, "sequence_balance": 0.1}, "every token takes all 3 experts"),
+        ("deepseek-v3", {"num_experts": 3, "top_k": 3, "bias_rate": 0.1}, "a bias changes no choice"),
         ("switch", {"num_experts": 1, "balance": 0.1}, "a single expert"),
         ("smile", {"num_experts": 4, "node_balance": 0.1}, "a single group"),
     ],

@@ -87,7 +87,7 @@ def test_deepseek_v3_groups_left_out_stay_out_when_biased_scores_are_negative():
 
 @pytest.mark.parametrize("seed", range(10))
 def test_deepseek_v3_bias_steps_by_the_sign_of_the_missing_load(seed):
-    case = random_case(seed + 1, least_experts=2)
+    case = random_case(seed + 1, least_experts=3)
     layer = build("deepseek-v3", case, top_k=2, bias_rate=0.01, shared_experts=0).train()
     log, load = RoutingLog(layer), [0] * case.num_experts
     start = torch.randn(case.num_experts)

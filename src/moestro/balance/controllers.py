@@ -21,9 +21,11 @@ class Controller(ABC):
 
     Attributes:
         group: process group whose measures are joined first; None = this process alone.
+        option: what methods call the option that sets its strength.
     """
 
     group: dist.ProcessGroup | None = None
+    option: str = ""
 
     def measure(self, decision: Decision) -> Tensor:
         """What one decision adds; by default the choices per expert, `[experts]`."""
@@ -35,6 +37,10 @@ class Controller(ABC):
 
     def check(self, moe: MoE) -> None:  # noqa: B027
         """Raise ValueError if this controller cannot act on the layer; called when the layer is built."""
+
+    def idle_reason(self, moe: MoE) -> str | None:
+        """Why it can never move anything in this layer, or None; a method refuses the option `option` then."""
+        return None
 
     @abstractmethod
     def update(self, moe: MoE, measured: Tensor) -> None:
@@ -63,6 +69,8 @@ class LossFreeBias(Controller):
         ValueError: a negative rate; at build, a router without a selection bias.
     """
 
+    option = "bias_rate"
+
     def __init__(self, rate: float = 1e-3, group: dist.ProcessGroup | None = None) -> None:
         if rate < 0:
             raise ValueError(f"bias rate must not be negative, got {rate}")
@@ -71,6 +79,12 @@ class LossFreeBias(Controller):
     def check(self, moe: MoE) -> None:
         """Raises ValueError for a layer whose router has no selection bias."""
         _biased_selection(moe)
+
+    def idle_reason(self, moe: MoE) -> str | None:
+        """With all experts chosen the load is even, and a bias changes no choice."""
+        if moe.router.top_k < moe.router.num_experts:
+            return None
+        return f"every token takes all {moe.router.num_experts} experts, so that a bias changes no choice"
 
     @torch.no_grad()
     def update(self, moe: MoE, measured: Tensor) -> None:

@@ -123,10 +123,12 @@ class Method:
         Defaults pass: a layer is rebuilt from its saved options, which name them all.
         """
         asked = {name for name, value in values.items() if value != self.options[name].default}
-        for name in asked & moe.losses.keys():
-            coefficient, loss = moe.losses[name]
-            reason = idle_reason(loss, moe.router) if coefficient else None
-            if reason:
+        reasons = {
+            name: idle_reason(loss, moe.router) for name, (coefficient, loss) in moe.losses.items() if coefficient
+        }
+        reasons |= {controller.option: controller.idle_reason(moe) for controller in moe.controllers}
+        for name, reason in reasons.items():
+            if reason and name in asked and values[name]:
                 raise ValueError(f"{self.name}: option {name}={values[name]!r} cannot act: {reason}; leave it out")
 
     def bibtex(self) -> str:
