@@ -67,9 +67,10 @@ class Weights:
 
 
 def moestro(bits: int, length: int, folder: Path) -> Run:
-    from moestro.inference import CachedReader, quantise_model
+    from moestro.inference import CachedReader, lay_out_for_decoding, quantise_model
 
     model = our_model(length)
+    lay_out_for_decoding(model)
     if bits < 16:
         for error in quantise_model(model, bits):
             print(error, file=sys.stderr)

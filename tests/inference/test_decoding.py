@@ -5,7 +5,7 @@ import torch
 from oracles.tiny_models import CAUSAL_METHODS, tiny_model, tokens_for
 from torch.testing import assert_close
 
-from moestro.inference import generate, quantise_model
+from moestro.inference import generate, lay_out_for_decoding, quantise_model
 from moestro.inference.attention_step import CachedAttention
 from moestro.inference.decoding import Decoder, suits_decoder
 from moestro.inference.feed_forward_step import MixtureStep
@@ -70,3 +70,29 @@ def test_generation_goes_through_it(monkeypatch):
     monkeypatch.setattr(Decoder, "__call__", lambda self, token: calls.append(token) or torch.zeros(64))
     assert list(generate(tiny_model(), [1, 2, 3], 4))[1:] == [0, 0, 0]
     assert len(calls) == 3
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_matrices_laid_out_for_decoding_are_the_same_matrices(threads):
+    model = tiny_model("olmoe", tied_embeddings=False).bfloat16()
+    tokens = tokens_for(model, batch=1, length=LENGTH)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    plain, _ = both(model, tokens)
+    lay_out_for_decoding(model)
+    assert model.head.weight.t().is_contiguous()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        laid_out, _ = both(model, tokens)
+    finally:
+        torch.set_num_threads(before)
+    assert float((laid_out.float() - plain.float()).norm() / plain.float().norm()) < 0.02
+
+
+def test_a_matrix_shared_with_the_embedding_stays_by_rows():
+    model = tiny_model("olmoe").bfloat16()
+    lay_out_for_decoding(model)
+    assert model.head.weight is model.embedding.weight
+    assert model.embedding.weight.is_contiguous()
+    assert model.layers[0].attention.qkv.weight.t().is_contiguous()

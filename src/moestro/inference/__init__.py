@@ -5,6 +5,7 @@ from moestro.inference.generation import check_generation, generate
 from moestro.inference.quantise import quantise_model
 from moestro.inference.readers import CachedReader, WholeReader
 from moestro.inference.sampler import Sampler
+from moestro.inference.single_row import lay_out_for_decoding
 
 __all__ = [
     "CachedReader",
@@ -14,5 +15,6 @@ __all__ = [
     "check_generation",
     "evaluate",
     "generate",
+    "lay_out_for_decoding",
     "quantise_model",
 ]
