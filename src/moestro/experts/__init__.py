@@ -10,8 +10,14 @@ from moestro.experts.fused import all_kernels, is_fused
 from moestro.experts.glu import GLU
 from moestro.experts.mlp import MLP
 from moestro.experts.modules import ModuleExperts
-from moestro.experts.quantised import QuantisedExperts, QuantisedLinear, quantise, quantise_linear
-from moestro.experts.quantised_stack import TensorError
+from moestro.experts.quantised import QuantisedExperts, quantise
+from moestro.experts.quantised_maps import (
+    QuantisedFeedForward,
+    QuantisedLinear,
+    quantise_feed_forward,
+    quantise_linear,
+)
+from moestro.experts.quantised_stack import QuantisedStack, TensorError
 from moestro.experts.single import FeedForward, GatedFeedForward
 from moestro.experts.trivial import ConstantExperts, CopyExperts, ZeroExperts
 
@@ -28,7 +34,9 @@ __all__ = [
     "GatedFeedForward",
     "ModuleExperts",
     "QuantisedExperts",
+    "QuantisedFeedForward",
     "QuantisedLinear",
+    "QuantisedStack",
     "TensorError",
     "ZeroExperts",
     "all_kernels",
@@ -36,6 +44,7 @@ __all__ = [
     "is_gated",
     "make_experts",
     "quantise",
+    "quantise_feed_forward",
     "quantise_linear",
     "run_chosen",
 ]

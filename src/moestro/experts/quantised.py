@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moestro.experts.activations import GATED, PLAIN, is_gated
 from moestro.experts.base import Experts
@@ -31,9 +31,7 @@ def quantise(bank: GLU | MLP, bits: int = 8, group: int = 64) -> tuple[Quantised
         raise ValueError(
             f"only GLU and MLP banks can be quantised, got {type(bank).__name__}; quantise the banks inside it"
         )
-    experts = QuantisedExperts(
-        bank.num_experts, bank.width, bank.hidden, bank.activation, bank.bias, bits=bits, group=group
-    )
+    experts = QuantisedExperts.like(bank, bits, group)
     names = ("gate", "up") if is_gated(bank.activation) else ("up",)
     errors = experts.up.fill({name: getattr(bank, name) for name in names})
     errors += experts.down.fill({"down": bank.down})
@@ -89,6 +87,17 @@ class QuantisedExperts(Experts):
         self.register_buffer("up_bias", torch.zeros(num_experts, parts * hidden) if bias else None)
         self.register_buffer("down_bias", torch.zeros(num_experts, width) if bias else None)
 
+    @classmethod
+    def like(cls, bank: GLU | MLP, bits: int, group: int) -> QuantisedExperts:
+        """Room for the codes of a bank."""
+        sizes = (bank.num_experts, bank.width, bank.hidden)
+        return cls(*sizes, bank.activation, bank.bias, bits=bits, group=group)
+
+    @property
+    def group(self) -> int:
+        """Inputs that share a scale in 4 bits."""
+        return self.up.group
+
     def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
         groups = groups_of(offsets.tolist())
         hidden = _add(self.up(rows, groups), self.up_bias, offsets)
@@ -131,37 +140,6 @@ class QuantisedExperts(Experts):
             f"num_experts={self.num_experts}, width={self.width}, hidden={self.hidden}, "
             f"activation={self.activation!r}, bits={self.bits}"
         )
-
-
-class QuantisedLinear(nn.Module):
-    """A linear map with quantised weights, for inference; made by `quantise_linear`.
-
-    Shapes: `[..., in]` -> `[..., out]`.
-    """
-
-    bias: Tensor | None
-
-    def __init__(self, inputs: int, outputs: int, bias: bool = False, *, bits: int = 8, group: int = 64) -> None:
-        super().__init__()
-        self.in_features, self.out_features = inputs, outputs
-        self.matrix = QuantisedStack(1, inputs, outputs, bits, group)
-        self.register_buffer("bias", torch.zeros(outputs) if bias else None)
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, self.in_features)
-        y = self.matrix(rows, [(0, 0, len(rows))] if len(rows) else []).view(*x.shape[:-1], self.out_features)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
-
-
-def quantise_linear(linear: nn.Linear, bits: int = 8, group: int = 64) -> tuple[QuantisedLinear, TensorError]:
-    """A linear map in 8 or 4 bits, and how far it is from what it was; see `quantise`."""
-    quantised = QuantisedLinear(
-        linear.in_features, linear.out_features, linear.bias is not None, bits=bits, group=group
-    )
-    (error,) = quantised.matrix.fill({"weight": linear.weight.unsqueeze(0).transpose(1, 2)})
-    if linear.bias is not None:
-        quantised.bias = linear.bias.detach().clone()
-    return quantised, error
 
 
 def _add(rows: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:

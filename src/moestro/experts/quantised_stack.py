@@ -22,6 +22,7 @@ from moestro.kernels.packed import (
     quantise_rows,
     to_int4,
     to_int8,
+    unpack_codes,
 )
 from moestro.kernels.rounded import round_up
 
@@ -162,6 +163,17 @@ class QuantisedStack(nn.Module):
     def matrix(self, expert: int) -> Tensor:
         """The weights that an expert's codes stand for, `[in, out]` float32."""
         return self._matrix(expert).dequantise()[: self.outputs, : self.inputs].t()
+
+    def plain_codes(self) -> Tensor:
+        """The 4-bit codes in an order that every processor knows: `[num, out, in / 2]` uint8, even inputs low."""
+        codes = [(unpack_codes(each) + 8).t().view(torch.uint8) for each in self.code]
+        return torch.stack([each[:, 0::2] | each[:, 1::2] << 4 for each in codes])
+
+    @staticmethod
+    def packed_codes(plain: Tensor) -> Tensor:
+        """What `plain_codes` answered, in this processor's order."""
+        codes = torch.stack([plain & 15, plain >> 4], dim=-1).flatten(2)
+        return torch.stack([pack_codes(each.int()) for each in codes])
 
     def _matrix(self, expert: int) -> PackedMatrix:
         if self.bits == 8:

@@ -8,16 +8,25 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
-from moestro.experts import GLU, MLP, QuantisedExperts, QuantisedLinear, TensorError, quantise, quantise_linear
+from moestro.experts import (
+    GLU,
+    MLP,
+    FeedForward,
+    TensorError,
+    quantise,
+    quantise_feed_forward,
+    quantise_linear,
+)
 from moestro.models import DecoderLM
+from moestro.models.quantised import quantised_parts
 
-KEPT = ("*norm.weight", "*.router.*", "embedding.weight")
+KEPT = ("*norm.weight", "*.router.*", "embedding.weight", "*.shared.weight")
 
 
 def quantise_model(
     model: DecoderLM, bits: int = 8, group: int = 64, keep: Collection[str] = KEPT
 ) -> list[TensorError]:
-    """Quantise a language model in place, for inference: every bank of experts and every linear map.
+    """Quantise a language model in place, for inference: every bank of experts, dense network and linear map.
 
     Tied embeddings are untied: the table stays as it is, the head gets codes of its own.
 
@@ -25,7 +34,8 @@ def quantise_model(
         model: the language model; use it under `torch.inference_mode()` afterwards.
         bits: 8 or 4.
         group: inputs that share a scale in 4 bits.
-        keep: patterns of the parameters that stay as they are; by default norms, routers and the embedding.
+        keep: patterns of the parameters that stay as they are; by default norms, routers, gates of shared
+            experts and the embedding.
 
     Returns: every quantised tensor with its bits and its error; printing them gives a table.
 
@@ -33,7 +43,11 @@ def quantise_model(
         ValueError: bits or group out of range, or a parameter that can neither be quantised nor is named in `keep`;
             nothing is changed then.
     """
+    if quantised_parts(model):
+        raise ValueError("the model is quantised already, and its codes would lose more; quantise the float model")
     parts = list(_quantisable(model, keep))
+    if not parts:
+        raise ValueError(f"keep={list(keep)} leaves nothing to quantise; name fewer tensors")
     _refuse_skipped(model, [name for name, _ in parts], keep)
     errors: list[TensorError] = []
     for name, module in parts:
@@ -44,19 +58,19 @@ def quantise_model(
     return errors
 
 
-def _quantised(
-    module: nn.Module, bits: int, group: int
-) -> tuple[QuantisedExperts | QuantisedLinear, list[TensorError]]:
+def _quantised(module: nn.Module, bits: int, group: int) -> tuple[nn.Module, list[TensorError]]:
     if isinstance(module, nn.Linear):
         linear, error = quantise_linear(module, bits, group)
         return linear, [error]
+    if isinstance(module, FeedForward):
+        return quantise_feed_forward(module, bits, group)
     assert isinstance(module, GLU | MLP)
     return quantise(module, bits, group)
 
 
 def _quantisable(model: DecoderLM, keep: Collection[str]) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | GLU | MLP):
+        if isinstance(module, nn.Linear | GLU | MLP | FeedForward):
             tensors = [f"{name}.{each}" for each, _ in module.named_parameters()]
             if not all(_is_kept(each, keep) for each in tensors):
                 yield name, module

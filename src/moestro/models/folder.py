@@ -15,7 +15,9 @@ from torch import Tensor
 from moestro.models.build import build_language_model
 from moestro.models.decoder import DecoderLM
 from moestro.models.layouts import LAYOUTS, Choice, choose_layout, to_ours, to_theirs
+from moestro.models.quantised import make_room, quantised_parts
 from moestro.models.staging import write_folder
+from moestro.models.unwritten import unwritten_parameters
 
 FORMAT = 1  # of the "moestro" entry of config.json
 
@@ -74,11 +76,13 @@ def load_model(folder: str | Path) -> DecoderLM:
     """
     folder = Path(folder)
     config = _read_config(folder)
-    model = build_language_model(**config["moestro"]["arguments"])
+    with unwritten_parameters():
+        model = build_language_model(**config["moestro"]["arguments"])
+    make_room(model, config["moestro"].get("quantised", {}))
     tensors = _read_tensors(folder / "model.safetensors")
     state = to_ours(LAYOUTS[config["model_type"]].rules(model), tensors)
     model.to(getattr(torch, config["dtype"]))
-    if model.config["tied_embeddings"]:
+    if "head.weight" in model.state_dict() and model.config["tied_embeddings"]:
         state["head.weight"] = state["embedding.weight"]
     _check_shapes(model, state)
     model.load_state_dict(state)
@@ -99,6 +103,8 @@ def model_config(model: DecoderLM, choice: Choice, eos: int | None = None) -> di
     """
     layout = choice.layout
     ours = {"format": FORMAT, "layout": layout.name, "reason": choice.reason, "arguments": model.config}
+    quantised = quantised_parts(model)
+    ours |= {"quantised": quantised} if quantised else {}
     dtype = str(model.embedding.weight.dtype).removeprefix("torch.")
     return {
         "architectures": [layout.architecture or "MoestroForCausalLM"],
