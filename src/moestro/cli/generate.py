@@ -51,8 +51,10 @@ def generate(
 
     folder = model_folder(model)
     tokenizer = open_tokenizer(folder)
+    loaded = load_model(folder)
+    inference.lay_out_for_decoding(loaded)
     tokens = inference.generate(
-        load_model(folder),
+        loaded,
         tokenizer.encode(prompt),
         max_new_tokens,
         temperature=temperature,
