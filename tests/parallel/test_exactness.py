@@ -1,0 +1,84 @@
+"""Experts spread over ranks give what one process gives: outputs, losses, every gradient, the clipped norm."""
+
+from dataclasses import asdict
+from itertools import product
+
+import pytest
+from oracles.expert_parallel import Scene
+from oracles.ranks import run_ranks
+
+import moestro
+from moestro.parallel import all_transports
+
+ROWS = ["linear", "capacity", "two-level", "leader", "chunked", "pairwise"]
+TRANSPORTS = [*ROWS, "deduplicated", "gather", "data-centric"]
+# one or more of every router family, and every kind of routing and bank
+FAMILIES = [
+    "qwen3", "switch", "deepseek-v3", "llama4", "moe-plus-plus", "hash-layers", "dense-softmax", "expert-choice",
+    "soft-moe", "remoe", "dynamic-top-p",
+]  # fmt: skip
+CIRCUMSTANCES = [
+    {},
+    {"parts": 4, "again": True},
+    {"tilt": True, "again": True},
+    {"tilt": True, "parts": 4},
+]
+
+
+def stacked(method: str) -> bool:
+    """Whether a method's experts lie in one bank, so that they can travel."""
+    return method not in ("moe-plus-plus",)
+
+
+def differences(scenes: list[Scene], ranks: int, seconds: int) -> dict[str, list[str]]:
+    """What differs, by scene, rank after rank; empty if nothing does."""
+    answers = run_ranks("oracles.expert_parallel:compare", ranks, [asdict(scene) for scene in scenes], seconds)
+    assert all(len(answer) == len(scenes) for answer in answers)
+    return {
+        f"rank {rank}: {scene}": bad
+        for rank, answer in enumerate(answers)
+        for scene, bad in zip(scenes, answer, strict=True)
+        if bad
+    }
+
+
+def some_scenes() -> list[Scene]:
+    """Every family with every transport, the circumstances taking turns; and every mesh."""
+    pairs = [p for p in product(FAMILIES, TRANSPORTS) if p[1] != "data-centric" or stacked(p[0])]
+    scenes = [
+        Scene(method, transport, "expert=4" if number % 3 else "data=2 expert=2", **CIRCUMSTANCES[number % 4])
+        for number, (method, transport) in enumerate(pairs)
+    ]
+    scenes += [Scene("qwen3", t, "expert=4", replicas=True, parts=1 + n % 2) for n, t in enumerate(TRANSPORTS)]
+    scenes += [Scene("qwen3", t, "expert=2 tensor=2", again=bool(n % 2)) for n, t in enumerate(TRANSPORTS)]
+    copied = ["linear", "gather", *(f"drop-copies {name}" for name in (*ROWS, "data-centric"))]
+    meshes = ["expert=2 tensor=2 copies=2", "expert=4 copies=2", "data=2 expert=2 copies=2"]
+    scenes += [Scene("deepseek-v3", t, meshes[n % 3], again=n % 2 == 1) for n, t in enumerate(copied)]
+    return [*scenes, Scene("qwen3", "pairwise 2", "expert=4", parts=2), Scene("mixtral", "linear", "expert=4")]
+
+
+def test_four_ranks_give_what_one_process_gives() -> None:
+    assert not differences(some_scenes(), ranks=4, seconds=150)
+
+
+def test_two_ranks_give_what_one_process_gives() -> None:
+    triples = [(method, "linear", "expert=2") for method in FAMILIES]
+    triples += [("switch", transport, "expert=2") for transport in TRANSPORTS] + [
+        ("deepseek-v3", "linear", "data=2")
+    ]
+    scenes = [Scene(*triple, **CIRCUMSTANCES[number % 4]) for number, triple in enumerate(triples)]
+    assert not differences(scenes, ranks=2, seconds=100)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_every_method_in_every_circumstance(transport: str) -> None:
+    methods = [m.name for m in moestro.all_methods().values() if m.family != "merging"]
+    methods = [name for name in methods if transport != "data-centric" or stacked(name)]
+    grid = product(methods, ("expert=4", "data=2 expert=2"), CIRCUMSTANCES)
+    scenes = [Scene(method, transport, mesh, **circumstance) for method, mesh, circumstance in grid]
+    assert not differences(scenes, ranks=4, seconds=1800)
+
+
+def test_every_transport_is_in_the_grid() -> None:
+    assert set(all_transports()) == {scene.transport.split()[0] for scene in some_scenes()}
