@@ -310,3 +310,23 @@ def test_closing_takes_every_hook_off():
     assert count() > before
     log.close()
     assert count() == before
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "mixtral"])
+def test_looking_without_a_gradient_does_not_take_it_from_the_loss(family):
+    """A trained bias reads the decisions when the recording ends, and people print losses under no_grad."""
+    gradients = []
+    for rate, look in ((None, False), (0.001, False), (None, True)):
+        if rate is not None and family == "mixtral":
+            continue  # it has no bias
+        model = tiny_model(family).train()
+        log = moestro.watch(model, bias_rate=rate)
+        with log.recording():
+            model(**tiny_batch(model))
+        if look:
+            with torch.no_grad():
+                log.layer_losses()
+        log.auxiliary_loss().backward()
+        gradients.append(next(next(iter(log.found.values())).router.parameters()).grad)
+    assert gradients[0].abs().max() > 1e-4
+    assert all(torch.equal(each, gradients[0]) for each in gradients)

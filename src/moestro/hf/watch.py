@@ -146,7 +146,8 @@ class TransformersLog:
         if not self._recorded:
             raise ValueError("nothing was recorded; run the model inside `with log.recording():` first")
         if self._decisions is None:
-            self._decisions = {name: [each.decision() for each in heard] for name, heard in self._heard.items()}
+            with torch.enable_grad():  # whoever looks first, a loss that is asked for later needs the graph
+                self._decisions = {name: [each.decision() for each in heard] for name, heard in self._heard.items()}
         return self._decisions
 
     def auxiliary_loss(
