@@ -281,6 +281,27 @@ PUBLISHED = {
 }
 
 
+def vision(model_type, *sizes, moe_layers, **more):
+    """Width, layers, heads, hidden size, patch, experts; without biases and head, as the catalogue counts."""
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size")
+    frame = dict(zip((*names, "num_experts"), sizes, strict=True))
+    moe = {"moe_layers": list(moe_layers), "image_size": 224, "use_bias": False, "num_experts_per_tok": 2}
+    return {"model_type": model_type, **frame, **moe, **more}
+
+
+PUBLISHED |= {
+    "V-MoE-S/32-last2": (vision("v-moe", 512, 8, 8, 2048, 32, 32, moe_layers=(5, 7)), 0.157, 0.031),
+    "V-MoE-B/16-every2": (vision("v-moe", 768, 12, 12, 3072, 16, 32, moe_layers=range(1, 12, 2)), 0.964, 0.114),
+    "V-MoE-L/16-every2": (vision("v-moe", 1024, 24, 16, 4096, 16, 32, moe_layers=range(1, 24, 2)), 3.424, 0.404),
+    "V-MoE-H/14-last5": (vision("v-moe", 1280, 32, 16, 5120, 14, 32, moe_layers=range(23, 32, 2)), 2.662, 0.696),
+    "V-MoE-H/14-every2": (vision("v-moe", 1280, 32, 16, 5120, 14, 32, moe_layers=range(1, 32, 2)), 7.132, 0.841),
+    "SoftMoE-S/16": (vision("soft-moe", 384, 12, 6, 1536, 16, 128, moe_layers=range(6, 12)), 0.921, 0.921),
+    "SoftMoE-B/16": (vision("soft-moe", 768, 12, 12, 3072, 16, 128, moe_layers=range(6, 12)), 3.682, 3.682),
+    "SoftMoE-L/16": (vision("soft-moe", 1024, 24, 16, 4096, 16, 128, moe_layers=range(12, 24)), 13.089, 13.089),
+    "SoftMoE-H/14": (vision("soft-moe", 1280, 32, 16, 5120, 14, 256, moe_layers=range(16, 32)), 54.113, 54.113),
+}
+
+
 SLOW = {
     "Switch-Base-32",
     "Switch-Base-64",
@@ -298,6 +319,60 @@ def test_published_models_have_the_published_sizes(name):
     settings, total, active = PUBLISHED[name]
     counts = count_config(settings)
     assert (round(counts.total / 1e9, 3), round(counts.active / 1e9, 3)) == (total, active)
+
+
+def formula(width, layers, attention, vocab, dense, moe, expert, num_experts):
+    """The catalogue's formula: attention, gated networks, routers, two norms a layer, two embeddings; no last norm.
+
+    Args:
+        dense: gated dense hidden sizes over all layers.
+        moe: layers with experts.
+    """
+    experts = moe * num_experts * 3 * width * expert
+    return (
+        layers * attention
+        + 3 * width * dense
+        + experts
+        + moe * width * num_experts
+        + 2 * width * layers
+        + 2 * vocab * width
+    )
+
+
+def test_three_rows_of_the_catalogue_are_off_in_the_last_digit():
+    """The arithmetic of DBRX, DeepSeek-V2-Lite and Arctic, written out: what the catalogue prints, and what is."""
+    grouped = 2 * 6144 * 48 * 128 + 2 * 6144 * 8 * 128
+    dbrx = formula(6144, 40, grouped, 100352, dense=0, moe=40, expert=10752, num_experts=16)
+    assert dbrx == 131_596_517_376  # the catalogue cuts it to 131.596
+    assert count_config(PUBLISHED["DBRX"][0]).total == dbrx + 6144  # the last norm
+
+    latent = 2048 * 16 * 192 + 2048 * (512 + 64) + 512 + 512 * 16 * (128 + 128) + 16 * 128 * 2048
+    shared = 10944 + 26 * 2 * 1408  # one dense layer, two shared experts in each of the others
+    lite = formula(2048, 27, latent, 102400, dense=shared, moe=26, expert=1408, num_experts=64)
+    assert lite == 15_706_482_176  # the catalogue says 15.707
+    assert count_config(PUBLISHED["DeepSeek-V2-Lite"][0]).total == lite + 2048
+
+    grouped = 2 * 7168 * 56 * 128 + 2 * 7168 * 8 * 128
+    arctic = formula(7168, 35, grouped, 32000, dense=35 * 7168, moe=35, expert=4864, num_experts=128)
+    assert round(arctic / 1e9, 3) == 478.584  # the catalogue's figure, with two norms a layer
+    counts = count_config(PUBLISHED["Snowflake-Arctic"][0])
+    assert counts.total == arctic + 35 * 7168 + 7168  # the norm of the dense network, and the last one
+    active = arctic - 35 * 126 * 3 * 7168 * 4864
+    assert round(active / 1e9, 3) == 17.318
+    assert counts.active == active + 36 * 7168
+
+
+def test_a_vision_model_is_counted_tensor_by_tensor():
+    """V-MoE with biases and a head, as it was released: the same as adding up its tensors."""
+    settings = vision("v-moe", 8, 2, 2, 12, 16, 3, moe_layers=(1,), use_bias=True, num_classes=5)
+    attention, mlp, norms = 4 * (8 * 8 + 8), 2 * 8 * 12 + 12 + 8, 2 * 2 * 8
+    embedding = 16 * 16 * 3 * 8 + 8 + 8 + (14 * 14 + 1) * 8
+    total = embedding + 2 * (attention + norms) + mlp + (3 * mlp + 8 * 3) + 2 * 8 + 8 * 5 + 5
+    counts = count_config(settings)
+    assert (counts.total, counts.active) == (total, total - mlp)
+    soft = vision("soft-moe", 8, 2, 2, 12, 16, 3, moe_layers=(1,), use_bias=True, slots_per_expert=2)
+    total = embedding - 16 + 2 * (attention + norms) + mlp + (3 * mlp + 8 * 3 * 2 + 1) + 2 * 8
+    assert (count_config(soft).total, count_config(soft).active) == (total, total)
 
 
 def test_our_own_models_know_their_counts(tmp_path):
