@@ -29,8 +29,48 @@ def healthy(family="mixtral", **settings):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_healthy_models_of_every_family_have_no_finding(family):
-    findings = [f for f in diagnose(healthy(family)) if f.name != "accumulated-loss"]
-    assert findings == []
+    assert diagnose(healthy(family)) == []
+    model = healthy(family)
+    model.accepts_loss_kwargs = False  # what two of them need under accumulation
+    assert diagnose(model, accumulation=8) == []
+
+
+@pytest.mark.parametrize("family", ["switch_transformers", "nllb_moe", "mixtral"])
+def test_accumulation_multiplies_the_gradient_where_the_doctor_says_so(family, tmp_path):
+    """The first gradient of a plain Trainer with four micro-batches, untold and told."""
+
+    def gradient(accumulation, told):
+        model = use_experts(tiny_model(family)).double()
+        if told:
+            model.accepts_loss_kwargs = False
+        seen = {}
+
+        class Trainer(transformers.Trainer):
+            def training_step(self, *args, **kwargs):
+                loss = super().training_step(*args, **kwargs)
+                seen["norm"] = float(sum(p.grad.square().sum() for p in model.parameters() if p.grad is not None))
+                return loss
+
+        rows = [{name: value[0] for name, value in tiny_batch(model, batch=1).items()}] * 4  # four times the same
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=4 // accumulation,
+            gradient_accumulation_steps=accumulation,
+            max_steps=1,
+            max_grad_norm=0.0,
+            report_to=[],
+            save_strategy="no",
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        Trainer(model, arguments, train_dataset=rows).train()
+        return seen["norm"] ** 0.5
+
+    bites = "accumulated-loss" in [f.name for f in diagnose(use_experts(tiny_model(family)), accumulation=4)]
+    assert bites == (family != "mixtral")
+    assert gradient(4, told=False) / gradient(4, told=True) == pytest.approx(4 if bites else 1, rel=1e-3)
+    if family != "nllb_moe":  # whose capacity depends on the size of the batch
+        assert gradient(4, told=True) == pytest.approx(gradient(1, told=True), rel=1e-3)
 
 
 def test_a_model_that_wants_no_balance_is_healthy():
@@ -76,7 +116,12 @@ def test_defects_that_only_a_state_shows():
     model.config._experts_implementation_internal = "moestro"
     assert "deaf-experts" in names(model)
     assert "deaf-experts" not in names(use_experts(model))
-    assert "accumulated-loss" in names(tiny_model("switch_transformers"))
+    model = tiny_model("switch_transformers")
+    (found,) = [f for f in diagnose(model, accumulation=2) if f.name == "accumulated-loss"]
+    exec(found.mend, {"model": model})
+    assert "accumulated-loss" not in [f.name for f in diagnose(model, accumulation=2)]
+    with pytest.raises(ValueError, match="at least one micro-batch"):
+        diagnose(model, accumulation=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -9,6 +9,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 from rich.text import Text
 
+from moestro.cli.flags import Whole
 from moestro.cli.folders import model_folder
 from moestro.cli.terminal import console, print_json
 
@@ -18,6 +19,7 @@ app = App(
 Examples:
   moestro doctor path/to/olmoe
   moestro doctor path/to/deepseek-v3 --json
+  moestro doctor path/to/switch-base-8 --accumulation 4
 
 No weight is read, so the size of the model does not matter.""",
 )
@@ -28,6 +30,7 @@ def doctor(
     model: Path,
     /,
     *,
+    accumulation: Whole = 1,
     json: Annotated[bool, Parameter(negative=(), show_default=False)] = False,
 ) -> int:
     """Say which known defects training a transformers model would meet.
@@ -38,11 +41,12 @@ def doctor(
 
     Args:
         model: folder with the config.json of a transformers MoE model.
+        accumulation: micro-batches of an optimiser step in the training that is planned.
         json: print the findings for machines.
     """
     from moestro.hf.doctor import diagnose_folder
 
-    findings = diagnose_folder(model_folder(model))
+    findings = diagnose_folder(model_folder(model), accumulation=accumulation)
     if json:
         print_json([dataclasses.asdict(finding) for finding in findings])
         return int(bool(findings))

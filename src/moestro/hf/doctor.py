@@ -37,29 +37,37 @@ class Finding:
     mend: str
 
 
-def diagnose(model: nn.Module) -> list[Finding]:
+def diagnose(model: nn.Module, *, accumulation: int = 1) -> list[Finding]:
     """Look for known defects, without running the model.
 
     What a log of `moestro.watch` on the model takes care of is not reported.
 
     Args:
         model: a transformers model, of which no weight is read; it may be on the meta device.
+        accumulation: micro-batches of an optimiser step in the training that is planned.
 
     Raises:
-        ValueError: a model without mixture layers.
+        ValueError: a model without mixture layers, or an accumulation below 1.
     """
+    if accumulation < 1:
+        raise ValueError(f"accumulation={accumulation}, but a step has at least one micro-batch; pass 1 or more")
     layers = find_layers(model)
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    return [finding for check in CHECKS for finding in check(config, layers)]
+    found = [finding for check in CHECKS for finding in check(config, layers)]
+    return [*found, *accumulated_loss(model, layers, accumulation)]
 
 
-def diagnose_folder(folder: str | Path) -> list[Finding]:
+def diagnose_folder(folder: str | Path, *, accumulation: int = 1) -> list[Finding]:
     """`diagnose` the model of a folder from its `config.json` alone; no weight is read.
+
+    Args:
+        folder: with a `config.json`.
+        accumulation: micro-batches of an optimiser step in the training that is planned.
 
     Raises:
         ValueError: no configuration there, one that needs code of its own, an unknown or a dense model.
     """
-    return diagnose(model_without_weights(folder))
+    return diagnose(model_without_weights(folder), accumulation=accumulation)
 
 
 def model_without_weights(folder: str | Path) -> Any:
@@ -219,13 +227,15 @@ def jitter(config: Any, layers: Layers) -> Iterator[Finding]:
         yield Finding("jitter-in-place", noisy, what, "moestro.hf.protect_inputs(model)")
 
 
-def accumulation(config: Any, layers: Layers) -> Iterator[Finding]:
-    """A language-model loss that accumulation multiplies."""
-    if _first(layers).family.drops_counts:
+def accumulated_loss(model: Any, layers: Layers, accumulation: int) -> Iterator[Finding]:
+    """A language-model loss that accumulation multiplies, unless Trainer is told to divide it."""
+    told = getattr(model, "accepts_loss_kwargs", True) is False
+    if accumulation > 1 and _first(layers).family.drops_counts and not told:
         what = (
-            "the model ignores num_items_in_batch: Trainer makes its loss n times as large in n accumulation steps"
+            "the model ignores num_items_in_batch: Trainer makes its loss and gradient "
+            f"{accumulation} times as large in {accumulation} accumulation steps"
         )
-        yield Finding("accumulated-loss", tuple(layers), what, "trainer.model_accepts_loss_kwargs = False")
+        yield Finding("accumulated-loss", tuple(layers), what, "model.accepts_loss_kwargs = False")
 
 
 CHECKS: tuple[Callable[[Any, Layers], Iterator[Finding]], ...] = (
@@ -240,7 +250,6 @@ CHECKS: tuple[Callable[[Any, Layers], Iterator[Finding]], ...] = (
     deaf_experts,
     slow_experts,
     jitter,
-    accumulation,
 )
 
 
