@@ -27,6 +27,10 @@ STOCK = {
     "olmoe": {},
     "olmoe, normalised": {"norm_topk_prob": True},
     "deepseek_v3": {},
+    "dots1": {},
+    "dots1, groups": {"n_group": 3, "topk_group": 2, "routed_scaling_factor": 2.5},
+    "deepseek_v2": {},
+    "deepseek_v2, greedy, no query latent": {**LATENT, "topk_method": "greedy", "routed_scaling_factor": 16.0},
     "deepseek_v3, no query latent": {**LATENT, "n_shared_experts": 2, "n_group": 1, "topk_group": 1},
 }
 

@@ -30,7 +30,7 @@ ONE_FILE = 2**62  # bytes: `load_model` reads models of one file
 def load(path: str | Path) -> DecoderLM:
     """A moestro language model with the weights of a folder of transformers, in evaluation mode on the CPU.
 
-    Mixtral, Qwen3-MoE, OLMoE, DeepSeek-V3, Llama and Qwen3, in any layout of their experts (see
+    Mixtral, Qwen3-MoE, OLMoE, DeepSeek-V2 and V3, dots.llm1, Llama and Qwen3, in any layout of their experts (see
     `moestro.hf.layouts`), and folders that moestro saved.
 
     Args:

@@ -28,7 +28,8 @@ def stock_arguments(config: Config) -> dict[str, Any]:
 
 def _refuse(config: Config, model_type: str) -> None:
     never = NEVER | ({"clip_qkv": None} if model_type == "olmoe" else {})
-    if config.get("use_sliding_window") is False:
+    everywhere = set(config.get("layer_types") or ["unknown"]) == {"full_attention"}
+    if config.get("use_sliding_window") is False or everywhere:
         never = {key: value for key, value in never.items() if key != "sliding_window"}
     for key, expected in never.items():
         if config.get(key, expected) not in (expected, None):
@@ -107,23 +108,48 @@ def _olmoe(config: Config) -> dict[str, Any]:
 
 
 def _deepseek_v3(config: Config) -> dict[str, Any]:
-    if not config.get("norm_topk_prob", True) or not config.get("rope_interleave", True):
-        raise ValueError(
-            "our DeepSeek-V3 normalises its weights and turns neighbouring features; this one does not"
-        )
+    if not config.get("rope_interleave", True):
+        raise ValueError("our DeepSeek-V3 turns neighbouring features; this one does not (rope_interleave)")
+    return _biased_sigmoid(config) | _latent(config)
+
+
+def _dots1(config: Config) -> dict[str, Any]:
+    return _biased_sigmoid(config) | {"qk_norm": "head", "attention": "grouped-query"}
+
+
+def _deepseek_v2(config: Config) -> dict[str, Any]:
+    limited = config.get("topk_method", "greedy") == "group_limited_greedy"
+    return _with_shared(config, "deepseek-v2", groups=limited) | _latent(config)
+
+
+def _biased_sigmoid(config: Config) -> dict[str, Any]:
+    if not config.get("norm_topk_prob", True):
+        raise ValueError(f"our {config['model_type']} normalises its weights; this one does not (norm_topk_prob)")
+    return _with_shared(config, "deepseek-v3", groups=True)
+
+
+def _with_shared(config: Config, method: str, groups: bool) -> dict[str, Any]:
+    """Dense layers first, then mixtures with shared experts."""
+    if not config.get("n_shared_experts"):
+        raise ValueError(f"our {config['model_type']} has shared experts; this one has none (n_shared_experts)")
     return {
-        "method": "deepseek-v3",
+        "method": method,
         "options": {
             "top_k": config["num_experts_per_tok"],
-            "num_groups": config.get("n_group") or 1,
-            "groups_kept": config.get("topk_group") or 1,
+            "num_groups": (config.get("n_group") or 1) if groups else 1,
+            "groups_kept": (config.get("topk_group") or 1) if groups else 1,
             "route_scale": float(config["routed_scaling_factor"]),
             "shared_experts": config["n_shared_experts"],
         },
-        "attention": "latent",
         "num_experts": config.get("n_routed_experts", config.get("num_local_experts")),
         "expert_hidden": config["moe_intermediate_size"],
         "first_dense": config["first_k_dense_replace"],
+    }
+
+
+def _latent(config: Config) -> dict[str, Any]:
+    return {
+        "attention": "latent",
         "num_kv_heads": None,
         "head_dim": config["qk_nope_head_dim"],
         "q_lora_rank": config["q_lora_rank"],
@@ -144,6 +170,8 @@ ARGUMENTS: Mapping[str, Callable[[Config], dict[str, Any]]] = MappingProxyType(
         "qwen3_moe": _qwen3_moe,
         "olmoe": _olmoe,
         "deepseek_v3": _deepseek_v3,
+        "deepseek_v2": _deepseek_v2,
+        "dots1": _dots1,
         "llama": _dense("none"),
         "qwen3": _dense("head"),
     }

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moestro.models.decoder import DecoderLM
+from moestro.models.layouts.deepseek_v2 import DEEPSEEK_V2
 from moestro.models.layouts.deepseek_v3 import DEEPSEEK_V3
 from moestro.models.layouts.dense import LLAMA, QWEN3
+from moestro.models.layouts.dots1 import DOTS1
 from moestro.models.layouts.layout import Layout
 from moestro.models.layouts.mixtral import MIXTRAL
 from moestro.models.layouts.olmoe import OLMOE
@@ -23,7 +25,7 @@ class Choice:
 
 
 DENSE = (LLAMA, QWEN3, DEEPSEEK_V3)
-SPARSE = (MIXTRAL, QWEN3_MOE, OLMOE, DEEPSEEK_V3)  # in order of preference
+SPARSE = (MIXTRAL, QWEN3_MOE, OLMOE, DEEPSEEK_V3, DEEPSEEK_V2, DOTS1)  # in order of preference
 LAYOUTS = {layout.model_type: layout for layout in (*DENSE, *SPARSE, OWN)}
 
 

@@ -13,6 +13,7 @@ from moestro.routers import (
     NoNoise,
     Renormalised,
     Router,
+    Scaled,
     TokenChoice,
     TopK,
     as_is,
@@ -40,6 +41,16 @@ class BiasedSigmoidTopK:
     scale: float
 
 
+@dataclass(frozen=True)
+class GroupedSoftmaxTopK:
+    """Softmax over all experts, the k highest within the best groups, times a constant: DeepSeek-V2."""
+
+    top_k: int
+    num_groups: int
+    groups_kept: int
+    scale: float
+
+
 def softmax_top_k(model: DecoderLM) -> SoftmaxTopK | None:
     """The routing of all MoE layers if it is softmax top-k, the same everywhere, and else None."""
     found = {_softmax_top_k(router) for router in _routers(model)}
@@ -49,6 +60,12 @@ def softmax_top_k(model: DecoderLM) -> SoftmaxTopK | None:
 def biased_sigmoid_top_k(model: DecoderLM) -> BiasedSigmoidTopK | None:
     """The routing of all MoE layers if it is DeepSeek-V3's, the same everywhere, and else None."""
     found = {_biased_sigmoid_top_k(router) for router in _routers(model)}
+    return found.pop() if len(found) == 1 else None
+
+
+def grouped_softmax_top_k(model: DecoderLM) -> GroupedSoftmaxTopK | None:
+    """The routing of all MoE layers if it is DeepSeek-V2's, the same everywhere, and else None."""
+    found = {_grouped_softmax_top_k(router) for router in _routers(model)}
     return found.pop() if len(found) == 1 else None
 
 
@@ -83,3 +100,13 @@ def _biased_sigmoid_top_k(router: Router) -> BiasedSigmoidTopK | None:
     if groups.num_groups > 1 and groups.best_of != 2:
         return None
     return BiasedSigmoidTopK(groups.k, groups.num_groups, groups.groups_kept, weigh.scale)
+
+
+def _grouped_softmax_top_k(router: Router) -> GroupedSoftmaxTopK | None:
+    plain = _plain(router)
+    if plain is None or plain.gate is not softmax or type(plain.weigh) is not Scaled:
+        return None
+    groups = plain.select
+    if type(groups) is not GroupLimitedTopK or (groups.num_groups > 1 and groups.best_of != 1):
+        return None
+    return GroupedSoftmaxTopK(groups.k, groups.num_groups, groups.groups_kept, plain.weigh.scale)
