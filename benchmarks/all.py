@@ -20,7 +20,7 @@ from typing import Any
 from harness import machine, markdown
 
 HERE = Path(__file__).parent
-SCRIPTS = ("layer", "router", "memory", "model")
+SCRIPTS = ("layer", "router", "memory", "model", "hf_models", "hf_record")
 
 
 def main() -> int:

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
-import transformers
 from harness import Report, interleaved, parse
+from hf_shape import SHAPE, olmoe_shaped
 
 from moestro.hf import use_experts
 
@@ -23,23 +22,10 @@ def step(model, batch, implementation):
 
 
 def main() -> None:
-    arguments = parse(
-        __doc__, repeat=3, layers=4, tokens=2048, experts=64, top_k=8, width=2048, hidden=1024, dtype="bfloat16",
-        implementations="moestro,grouped_mm,eager", warm_up=1,
-    )  # fmt: skip
+    arguments = parse(__doc__, repeat=3, layers=4, **SHAPE, implementations="moestro,grouped_mm,eager", warm_up=1)
     report = Report("hf_models", arguments)
-    config = transformers.OlmoeConfig(
-        vocab_size=1024,
-        hidden_size=arguments.width,
-        intermediate_size=arguments.hidden,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=16,
-        num_experts=arguments.experts,
-        num_experts_per_tok=arguments.top_k,
-        pad_token_id=0,
-    )
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, arguments.dtype)).train()
-    batch = torch.randint(1, 1024, (arguments.tokens // 512, 512))
+    model, batch = olmoe_shaped(arguments)
+    model.train()
     names = arguments.implementations.split(",")
     seconds = interleaved(
         {name: partial(step, model, batch, name) for name in names}, report.repeat, arguments.warm_up

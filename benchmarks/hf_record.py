@@ -14,32 +14,18 @@ from itertools import count
 from pathlib import Path
 
 import torch
-import transformers
 from harness import Report, interleaved, parse
+from hf_shape import SHAPE, olmoe_shaped
 
 import moestro
 from moestro.hf import use_experts
 
 
 def main() -> None:
-    arguments = parse(
-        __doc__, repeat=9, layers=2, tokens=2048, experts=64, top_k=8, width=2048, hidden=1024, dtype="bfloat16"
-    )
+    arguments = parse(__doc__, repeat=9, layers=2, **SHAPE)
     report = Report("hf_record", arguments)
-    config = transformers.OlmoeConfig(
-        vocab_size=1024,
-        hidden_size=arguments.width,
-        intermediate_size=arguments.hidden,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=16,
-        num_experts=arguments.experts,
-        num_experts_per_tok=arguments.top_k,
-        pad_token_id=0,
-        eos_token_id=1,
-    )
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, arguments.dtype)).eval()
-    use_experts(model)
-    batch = torch.randint(2, 1024, (arguments.tokens // 512, 512))
+    model, batch = olmoe_shaped(arguments)
+    use_experts(model.eval())
 
     @torch.no_grad()
     def plain() -> None:
