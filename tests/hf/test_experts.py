@@ -47,6 +47,31 @@ def test_logits_and_gradients_equal_the_eager_path(family):
     assert all(torch.equal(again[name], theirs[name]) for name in theirs)
 
 
+def as_routed(layer):
+    """Put the definition in the place of NLLB's experts: every gate times what its expert answers."""
+
+    def forward(x, first, gates):
+        return sum(gates[:, e : e + 1] * layer.experts[f"expert_{e}"](x) for e in range(layer.num_experts))
+
+    layer.experts.forward = forward
+
+
+def test_nllb_equals_the_definition_since_transformers_runs_other_experts():
+    """Logits and every gradient of the whole model; only experts 0 and 1 run in transformers' own."""
+    model = tiny_model("nllb_moe", hidden=17)
+    batch = tiny_batch(model, batch=1, length=7)
+    wrong = outputs_and_gradients(model, batch)
+    for layer in find_layers(model).values():
+        as_routed(layer)
+    theirs = outputs_and_gradients(model, batch)
+    ours = outputs_and_gradients(use_experts(tiny_model("nllb_moe", hidden=17)), batch)
+    chosen = {name: gradient for name, gradient in ours.items() if gradient.any() and name in theirs}
+    chosen = {name: each for name, each in chosen.items() if not name.endswith("k_proj.bias")}  # 0 but for rounding
+    assert too_far(chosen, {name: theirs[name] for name in chosen}, lambda name: 1e-5) == {}
+    assert any(f".expert_{e}." in name for name in chosen for e in range(2, 6))
+    assert distance(wrong["logits"], theirs["logits"]) > 1e-3
+
+
 def in_bfloat16(family, seed):
     """Logits and gradients of our path and of eager's in bfloat16, and eager's in float32 with the same weights."""
     model = tiny_model(family, hidden=17, seed=seed).to(torch.bfloat16)
@@ -67,6 +92,27 @@ def test_bfloat16_differs_from_the_eager_path_less_than_that_from_float32(family
         return max(2e-2 if ".experts." in name else 5e-2, 1.5 * own)
 
     assert too_far(ours, theirs, allowed) == {}
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("family", EQUALS)
+def test_distances_from_float32_of_both_paths(family, capsys):
+    """Prints a row of the table in docs/transformers.md: means over 8 draws of weights."""
+    draws = [in_bfloat16(family, seed) for seed in range(8)]
+
+    def mean(path, keep):
+        far = [distance(draw[path][name], draw[2][name]) for draw in draws for name in draw[2] if keep(name)]
+        return sum(far) / len(far)
+
+    parts = {
+        "logits": lambda name: name == "logits",
+        "experts": lambda name: "experts" in name and "shared" not in name,
+        "others": lambda name: name != "logits" and "experts" not in name,
+    }
+    figures = {part: (mean(1, keep), mean(0, keep)) for part, keep in parts.items()}
+    with capsys.disabled():
+        print(f"\n| {family} | " + " | ".join(f"{a:.4f} / {b:.4f}" for a, b in figures.values()) + " |")
+    assert all(ours < 1.25 * eager for eager, ours in figures.values())
 
 
 def test_bfloat16_is_as_near_to_float32_as_the_eager_path_over_many_draws():
