@@ -48,6 +48,18 @@ def test_a_target_outside_the_support_is_refused(expert, y, message):
         MixtureOfExpertsRegressor(expert=expert).fit(X, y)
 
 
+@pytest.mark.parametrize("gate", ["gaussian", "exponential-family", "softmax"])
+def test_gates_refuse_inputs_that_are_missing(gate):
+    missing = X.copy()
+    missing[3] = np.nan
+    with pytest.raises(ValueError, match="Input X contains NaN"):
+        MixtureOfExpertsRegressor(gate=gate).fit(missing, Y)
+    fitted = MixtureOfExpertsRegressor(gate=gate, random_state=0, n_init=1, tol=1e-3).fit(X, Y)
+    for ask in (fitted.predict, fitted.gate_proba, lambda x: fitted.log_prob(x, Y), lambda x: fitted.sample(x)):
+        with pytest.raises(ValueError, match="Input X contains NaN"):
+            ask(missing)
+
+
 def test_weights_of_zero_are_refused():
     with pytest.raises(ValueError, match="non-zero"):
         MixtureOfExpertsRegressor().fit(X, Y, sample_weight=np.zeros(60))
