@@ -1,5 +1,6 @@
 """GGUF: llama.cpp computes what transformers computes, files come back exactly, and broken ones are refused."""
 
+import json
 import resource
 import struct
 
@@ -18,11 +19,13 @@ from moestro.hf.gguf_header import read_gguf_header
 gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
 
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 MODELS = {
     "mixtral": {},
     "qwen3_moe": {},
     "olmoe": {"num_key_value_heads": 4},
     "qwen2_moe": {"norm_topk_prob": False},
+    "qwen3_moe with yarn": {"rope_parameters": YARN},
     "deepseek_v3": {"n_group": 1, "topk_group": 1},
     "deepseek_v3 in groups": {"n_group": 4, "topk_group": 2, "n_shared_experts": 2},
 }
@@ -77,8 +80,8 @@ def test_llama_cpp_computes_the_same(pair):
     assert max(abs(value - float(expected[token])) for token, value in found.items()) < 2e-3
 
 
-def llama_cpp_log_probabilities(xllamacpp, path, tokens):
-    """Of every next token, the likeliest first."""
+def llama_cpp(xllamacpp, path):
+    """A server of one file, with keys and values in float32."""
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel = str(path), 128, 1
     params.warmup = params.fit_params = params.ui = False
@@ -86,9 +89,17 @@ def llama_cpp_log_probabilities(xllamacpp, path, tokens):
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    server = xllamacpp.Server(params)
+    return xllamacpp.Server(params)
+
+
+def llama_cpp_log_probabilities(xllamacpp, path, tokens):
+    """Of every next token, the likeliest first."""
+    return log_probabilities(llama_cpp(xllamacpp, path), tokens)
+
+
+def log_probabilities(server, prompt):
     # the letter A is drawn: what half a character would be is not reported; reported are the model's own logits
-    request = {"prompt": tokens, "max_tokens": 1, "n_probs": 256, "temperature": 0.0, "logit_bias": [[65, 1e3]]}
+    request = {"prompt": prompt, "max_tokens": 1, "n_probs": 256, "temperature": 0.0, "logit_bias": [[65, 1e3]]}
     answer = server.handle_completions(request | {"cache_prompt": False})
     (step,) = answer["choices"][0]["logprobs"]["content"]
     return {entry["id"]: entry["logprob"] for entry in step["top_logprobs"]}
@@ -171,9 +182,81 @@ def test_a_trained_vocabulary_is_written_with_its_merges(tmp_path):
     assert all("".join(merge.split(" ")) in tokens for merge in settings["tokenizer.ggml.merges"])
 
 
+def sentencepiece_like(folder, size=340):
+    """A tokenizer.json as transformers makes it from a SentencePiece model, trained on a small text."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
+
+    special = ["<unk>", "<s>", "</s>"]
+    trained = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    trained.normalizer = normalizers.Replace(" ", "\u2581")
+    trained.train_from_iterator(
+        ["the cat and the hat, the cat sat and the bat that sat"] * 4,
+        trainers.BpeTrainer(vocab_size=size - 256, special_tokens=special, max_token_length=5, show_progress=False),
+    )
+    grown = json.loads(trained.to_str())["model"]["vocab"]
+    made = sorted((token for token in grown if token not in special), key=grown.get)
+    tokens = [*special, *(f"<0x{value:02X}>" for value in range(256)), *made]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    merges = [
+        (token[:cut], token[cut:])
+        for token in sorted((t for t in made if len(t) > 1), key=vocab.get)
+        for cut in range(1, len(token))
+        if token[:cut] in vocab and token[cut:] in vocab
+    ]
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.add_special_tokens(special)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return tokenizer
+
+
+def test_llama_cpp_cuts_text_as_a_sentencepiece_like_tokenizer(tmp_path):
+    xllamacpp = pytest.importorskip("xllamacpp")
+    model = tiny_model("mixtral", width=32, hidden=32, vocab_size=352, max_position_embeddings=128)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer = sentencepiece_like(tmp_path / "model")
+    convert(tmp_path / "model", tmp_path / "model.gguf", "gguf")
+    server = llama_cpp(xllamacpp, tmp_path / "model.gguf")  # other ids would give other probabilities
+    for text in ("the cat sat", "that hat and the bat", " two  spaces", "naïve ☃ zebra\n", "sat,sat the", "t"):
+        ids = tokenizer.encode(text).ids
+        with torch.no_grad():
+            expected = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        found = log_probabilities(server, text)
+        assert max(abs(value - float(expected[token])) for token, value in found.items()) < 2e-3, (text, ids)
+    convert(tmp_path / "model.gguf", tmp_path / "back", "transformers")
+    assert json.loads((tmp_path / "back/tokenizer.json").read_text())["model"]["byte_fallback"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["model"]["merges"].pop(0), "does not merge"),
+        (lambda c: c["model"]["merges"].append(c["model"]["merges"][0]), "at two ranks"),
+        (lambda c: c["model"]["vocab"].pop("<0x41>"), "lacks the token <0x41> to fall back to"),
+        (lambda c: c.update(normalizer={"type": "NFKC"}), "prepares text in a way"),
+        (lambda c: c.update(post_processor={"type": "BertProcessing"}), "finishes texts by BertProcessing"),
+    ],
+)
+def test_pieces_that_llama_cpp_would_cut_otherwise_are_refused(change, message, tmp_path):
+    tiny_model("mixtral", width=32, hidden=32, vocab_size=352).save_pretrained(tmp_path / "model")
+    sentencepiece_like(tmp_path / "model")
+    path = tmp_path / "model/tokenizer.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / "model", tmp_path / "model.gguf", "gguf")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"rope_parameters": YARN | {"beta_fast": 16}}, "yarn has beta_fast=32, but config.json says 16"),
+        ({"family": "deepseek_v3", "rope_parameters": YARN}, "no YaRN of DeepSeek"),
         ({"family": "granitemoe"}, "no granitemoe as GGUF; it knows mixtral"),
         ({"norm_topk_prob": False}, "norm_topk_prob=True, but config.json says False"),
         (

@@ -7,10 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moestro.hf.gguf_pieces import BYTES, is_sentencepiece, sentencepiece_settings
 from moestro.hf.gguf_table import ARCHITECTURES, Architecture
 
 CONFIG, TOKENIZER = "moestro.config", "tokenizer.huggingface.json"  # ours, and the format's own
-KINDS = {"normal": 1, "control": 3, "user": 4, "unused": 5}
+KINDS = {"normal": 1, "unknown": 2, "control": 3, "user": 4, "unused": 5, "byte": 6}
+#: what llama.cpp's YaRN takes for granted; None = by the formula of the paper
+YARN = {"beta_fast": 32, "beta_slow": 1, "attention_factor": None, "mscale": None, "truncate": True}
 #: llama.cpp wants merges and GGUF has no empty lists: this one joins two zero bytes to no token, so they stay two
 NO_MERGES = ["\u0100 \u0100"]
 NEXT_IDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
@@ -29,9 +32,7 @@ def check_config(config: Mapping[str, Any], architecture: Architecture) -> None:
             raise ValueError(
                 f"llama.cpp computes {model_type} with {key}={expected!r}, but config.json says {actual!r}"
             )
-    rope = rope_of(config)
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"moestro writes no {rope['rope_type']} rotary scaling into GGUF, only the default one")
+    check_rope(rope_of(config), architecture)
     if architecture.latent and config["q_lora_rank"] is None and config["num_hidden_layers"] not in (26, 27):
         raise ValueError(
             "llama.cpp reads a DeepSeek without query latents only with 26 or 27 layers, not "
@@ -41,10 +42,26 @@ def check_config(config: Mapping[str, Any], architecture: Architecture) -> None:
         raise ValueError("moestro writes no further prediction layers into GGUF; set num_nextn_predict_layers to 0")
 
 
+def check_rope(rope: Mapping[str, Any], architecture: Architecture) -> None:
+    """Refuse rotary positions that llama.cpp turns otherwise; of scaled ones it shares YaRN, outside DeepSeek."""
+    kind = rope.get("rope_type", "default")
+    if kind == "yarn" and architecture.latent:
+        raise ValueError("moestro writes no YaRN of DeepSeek into GGUF: it also scales attention, and differently")
+    if kind not in ("default", "yarn"):
+        raise ValueError(f"moestro writes no {kind} rotary scaling into GGUF, only the default one and yarn")
+    if kind == "yarn" and "original_max_position_embeddings" not in rope:
+        raise ValueError("config.json asks for yarn without original_max_position_embeddings; add it")
+    for key, expected in YARN.items():
+        actual = rope.get(key)
+        if kind == "yarn" and actual is not None and actual != expected:
+            raise ValueError(f"llama.cpp's yarn has {key}={expected!r}, but config.json says {actual!r}")
+
+
 def rope_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The rotary settings, wherever this version of transformers keeps them."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    return {"rope_theta": config.get("rope_theta", 10000.0), **rope}
+    kind = {"rope_type": rope["type"]} if "type" in rope else {}  # as older configurations say it
+    return {"rope_theta": config.get("rope_theta", 10000.0), **kind, **rope}
 
 
 def to_settings(config: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
@@ -61,9 +78,21 @@ def to_settings(config: Mapping[str, Any], architecture: Architecture) -> dict[s
         "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
         "rope.freq_base": float(rope_of(config)["rope_theta"]),
         **_expert_settings(config),
+        **_rope_settings(rope_of(config)),
     }
     settings |= _latent_settings(config) if architecture.latent else _head_settings(config)
     return {f"{architecture.name}.{key}": value for key, value in settings.items()}
+
+
+def _rope_settings(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """YaRN's; both sides compute the other constants from these two (Peng et al. 2023)."""
+    if rope.get("rope_type") != "yarn":
+        return {}
+    return {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": float(rope["factor"]),
+        "rope.scaling.original_context_length": int(rope["original_max_position_embeddings"]),
+    }
 
 
 def _expert_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,8 +159,6 @@ def to_config(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _put_together(of: Mapping[str, Any], model_type: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    if any("rope.scaling" in key and of[key] not in ("none", 1.0) for key in of if key.endswith("type")):
-        raise ValueError("moestro reads no scaled rotary positions from GGUF, only default ones")
     tokens = settings.get("tokenizer.ggml.tokens")
     config = {
         "model_type": model_type,
@@ -143,7 +170,7 @@ def _put_together(of: Mapping[str, Any], model_type: str, settings: Mapping[str,
         "num_key_value_heads": of["attention.head_count_kv"],
         "max_position_embeddings": of["context_length"],
         "rms_norm_eps": round(of["attention.layer_norm_rms_epsilon"], 12),
-        "rope_parameters": {"rope_type": "default", "rope_theta": of.get("rope.freq_base", 10000.0)},
+        "rope_parameters": _rope_parameters(of, model_type),
         "num_experts_per_tok": of["expert_used_count"],
         **{key: settings.get(f"tokenizer.ggml.{name}_token_id") for key, name in NEXT_IDS.items()},
     }
@@ -160,6 +187,22 @@ def _put_together(of: Mapping[str, Any], model_type: str, settings: Mapping[str,
     if model_type == "qwen2_moe":
         config["shared_expert_intermediate_size"] = of["expert_shared_feed_forward_length"]
     return config
+
+
+def _rope_parameters(of: Mapping[str, Any], model_type: str) -> dict[str, Any]:
+    kind = of.get("rope.scaling.type", "none")
+    theta = {"rope_theta": of.get("rope.freq_base", 10000.0)}
+    if kind == "none":
+        return {"rope_type": "default", **theta}
+    if kind != "yarn" or ARCHITECTURES[model_type].latent:
+        raise ValueError(f"moestro reads no {kind} rotary positions of {model_type} from GGUF, only default ones")
+    original = of["rope.scaling.original_context_length"]
+    return {
+        "rope_type": "yarn",
+        **theta,
+        "factor": of["rope.scaling.factor"],
+        "original_max_position_embeddings": original,
+    }
 
 
 def _deepseek_config(of: Mapping[str, Any], hidden: int) -> dict[str, Any]:
@@ -189,24 +232,22 @@ def tokenizer_settings(folder: Path, config: Mapping[str, Any]) -> dict[str, Any
     """The tokenizer of a folder as GGUF has it: ids, merges and special tokens.
 
     Raises:
-        ValueError: no tokenizer.json, or one that is not byte-level BPE.
+        ValueError: no tokenizer.json, or one that is neither byte-level BPE nor like SentencePiece's.
     """
     from moestro.data import open_tokenizer
 
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ValueError(f"{folder} has no tokenizer.json, which a GGUF file needs; put the model's own there")
-    open_tokenizer(folder)  # says what is wrong with a tokenizer that is not byte-level
     content = json.loads(path.read_text(encoding="utf-8"))
+    pieces = is_sentencepiece(content)
+    if not pieces:
+        open_tokenizer(folder)  # says what is wrong with a tokenizer that is not byte-level
     tokens, kinds = _tokens(content, int(config["vocab_size"]), path)
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"].get("merges", [])]
     settings: dict[str, Any] = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": _pre_tokenizer(content, path) if merges else "gpt-2",
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": kinds,
-        "tokenizer.ggml.merges": merges or NO_MERGES,
-        "tokenizer.ggml.add_bos_token": False,
+        **(sentencepiece_settings(content, tokens, path) if pieces else _byte_level(content, path)),
         TOKENIZER: json.dumps(content, ensure_ascii=False),
     }
     for key, name in NEXT_IDS.items():
@@ -217,16 +258,29 @@ def tokenizer_settings(folder: Path, config: Mapping[str, Any]) -> dict[str, Any
     return settings
 
 
+def _byte_level(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"].get("merges", [])]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": _pre_tokenizer(content, path) if merges else "gpt-2",
+        "tokenizer.ggml.merges": merges or NO_MERGES,
+        "tokenizer.ggml.add_bos_token": False,
+    }
+
+
 def _tokens(content: Mapping[str, Any], vocab_size: int, path: Path) -> tuple[list[str], list[int]]:
     """Every id of the model; those that the tokenizer does not have are unused."""
     tokens = [f"<|unused {index}|>" for index in range(vocab_size)]
     kinds = [KINDS["unused"]] * vocab_size
-    entries = [(text, index, "normal") for text, index in content["model"]["vocab"].items()]
+    byte, unknown = set(BYTES) if is_sentencepiece(content) else set(), content["model"].get("unk_token")
+    entries = [
+        (text, index, "byte" if text in byte else "normal") for text, index in content["model"]["vocab"].items()
+    ]
     entries += [(t["content"], t["id"], "control" if t.get("special") else "user") for t in content["added_tokens"]]
     for text, index, kind in entries:
         if not 0 <= index < vocab_size:
             raise ValueError(f"{path} has the token {text!r} with id {index}, but the model has {vocab_size} ids")
-        tokens[index], kinds[index] = text, KINDS[kind]
+        tokens[index], kinds[index] = text, KINDS["unknown" if byte and text == unknown else kind]
     return tokens, kinds
 
 
