@@ -13,11 +13,13 @@ from moestro.hf.watch import TransformersLog
 
 
 class BalancedTrainer:
-    """Put it before a Trainer class; works with those of TRL, which derive from transformers' own.
+    """Put it before a Trainer class; works with those of TRL, told not to add the pooled loss themselves.
 
         class Trainer(moestro.hf.BalancedTrainer, transformers.Trainer): ...
 
         trainer = Trainer(model, args, train_dataset=data, balance=0.01)
+
+    With TRL: `class Trainer(moestro.hf.BalancedTrainer, trl.SFTTrainer)`, `SFTConfig(router_aux_loss_coef=0.0)`.
 
     In training the loss becomes `loss + balance * auxiliary_loss`, per layer, without padding, and with gradient
     accumulation exactly that of one big batch: the routing of all micro-batches of a step is counted first, in a
@@ -126,7 +128,7 @@ def _coefficient(config: Any, balance: float | None, bias_rate: float | None) ->
     if getattr(config, "output_router_logits", False):
         raise ValueError(
             "config.output_router_logits is on, so the model adds transformers' pooled loss as well; set "
-            "model.config.output_router_logits = False"
+            "model.config.output_router_logits = False, or with TRL router_aux_loss_coef=0.0 in its arguments"
         )
     if balance is None:
         balance = 0.0 if bias_rate is not None else getattr(config, "router_aux_loss_coef", None)
