@@ -103,6 +103,24 @@ class RoutingLog:
         self._recorded, self._computed = False, None
         return totals
 
+    def totals(self, group: dist.ProcessGroup | None = None) -> StepTotals:
+        """The sums of the auxiliary losses of the last recording over ranks that recorded at the same time.
+
+        With them each rank has its share of the loss of all their tokens, without a pass more; see `first_pass`.
+
+        Args:
+            group: ranks whose tokens count too; None = all, if torch.distributed runs.
+
+        Raises:
+            ValueError: nothing was recorded, or a loss that is no `moestro.balance.Loss`.
+        """
+        if not self._recorded:
+            raise ValueError(_UNRECORDED)
+        totals = StepTotals()
+        totals.add(self._terms())
+        totals.reduce(group)
+        return totals
+
     def auxiliary_loss(self, totals: StepTotals | None = None) -> Tensor:
         """The sum over layers, calls and losses of `coefficient * loss(decision)`; 0 if no loss is on.
 
@@ -193,7 +211,7 @@ class RoutingLog:
     def _values(self, totals: StepTotals | None) -> list[tuple[Term, Tensor, Tensor]]:
         """Each term with what to differentiate and its value, computed once per recording."""
         if not self._recorded:
-            raise ValueError("nothing was recorded; run the model inside `with log.recording():` first")
+            raise ValueError(_UNRECORDED)
         if self._computed is None or self._computed[0] is not totals:
             self._computed = totals, [(term, *term.value(totals)) for term in self._terms()]
         return self._computed[1]
@@ -213,6 +231,9 @@ class RoutingLog:
 
     def _generators(self) -> list[torch.device]:
         return [self._device] if self._device.type == "cuda" else []
+
+
+_UNRECORDED = "nothing was recorded; run the model inside `with log.recording():` first"
 
 
 class _Attach(torch.autograd.Function):

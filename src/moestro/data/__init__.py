@@ -1,6 +1,6 @@
 """Text to tokens to batches: exactly repeatable, resumable at any step."""
 
-from moestro.data.batches import Batch, Batches
+from moestro.data.batches import Batch, Batches, Share
 from moestro.data.corpus import Corpus, prepare_corpus
 from moestro.data.documents import DOMAINS, Document, default_documents, read_documents
 from moestro.data.tokenfile import TokenFile, write_tokens
@@ -14,6 +14,7 @@ __all__ = [
     "ByteTokenizer",
     "Corpus",
     "Document",
+    "Share",
     "TokenFile",
     "Tokenizer",
     "default_documents",

@@ -31,6 +31,32 @@ class Batch:
     """Bytes of text that the targets represent: bits per byte = summed loss in nats / (num_bytes ln 2)."""
 
 
+@dataclass(frozen=True)
+class Share:
+    """Which rows of every batch one of several processes takes.
+
+    A batch is cut into micro-batches and each of these into one piece per process, so that the processes together
+    read what one process alone would, micro-batch by micro-batch and in the same order.
+
+    Attributes:
+        index: of the process, counted from 0.
+        count: of processes with different rows.
+        accumulate: micro-batches of a batch.
+    """
+
+    index: int = 0
+    count: int = 1
+    accumulate: int = 1
+
+    def of(self, rows: np.ndarray) -> np.ndarray:
+        """This process's entries of a batch, `[batch, ...]`; pieces differ by one where they cannot be equal."""
+        if self.count == 1:
+            return rows
+        return np.concatenate(
+            [np.array_split(part, self.count)[self.index] for part in np.array_split(rows, self.accumulate)]
+        )
+
+
 class Batches:
     """Windows of `length + 1` tokens over packed documents, in batches.
 
@@ -46,16 +72,25 @@ class Batches:
         length: tokens in a sequence.
         seed: of the order.
         shuffle: a new order every epoch, or the order of the file.
+        share: what this process takes of every batch; all of it if it is alone.
 
     Raises:
         ValueError: fewer tokens than one batch needs (in order: fewer than two tokens).
     """
 
-    def __init__(self, token_file: TokenFile, batch_size: int, length: int, seed: int = 0, shuffle: bool = True):
+    def __init__(
+        self,
+        token_file: TokenFile,
+        batch_size: int,
+        length: int,
+        seed: int = 0,
+        shuffle: bool = True,
+        share: Share | None = None,
+    ):
         if batch_size < 1 or length < 1:
             raise ValueError(f"batch_size={batch_size} and length={length}; both must be at least 1")
         self.token_file, self.batch_size, self.length = token_file, batch_size, length
-        self.seed, self.shuffle = seed, shuffle
+        self.seed, self.shuffle, self.share = seed, shuffle, share or Share()
         self.num_windows, self._rest = divmod(max(len(token_file) - 1, 0), length)
         needed = batch_size * length + 1 if shuffle else 2
         if len(token_file) < needed:
@@ -97,7 +132,7 @@ class Batches:
     def _gather(self, windows: np.ndarray, length: int) -> Batch:
         import torch
 
-        file = self.token_file
+        file, windows = self.token_file, self.share.of(windows)
         index = windows[:, None] * self.length + np.arange(length + 1)  # [batch, length + 1]
         tokens = file.tokens[index].astype(np.int64)
         domain = torch.from_numpy(file.domains[index[:, :-1]])

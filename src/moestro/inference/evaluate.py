@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -57,6 +57,7 @@ def evaluate(
     *,
     num_batches: int | None = None,
     precision: torch.dtype | None = None,
+    together: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> Evaluation:
     """Predict every token of `batches` from those before it, in evaluation mode; the mode is restored.
 
@@ -67,6 +68,7 @@ def evaluate(
         batches: for example `moestro.data.Batches(file, batch_size, length, shuffle=False)`.
         num_batches: stop after so many; None = all.
         precision: dtype of autocast; None = the model's own.
+        together: adds up numbers over the processes that predict a share of the batches each.
 
     Raises:
         ValueError: there is nothing to predict.
@@ -74,21 +76,19 @@ def evaluate(
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    total, correct, num_tokens, num_bytes = torch.zeros((), dtype=torch.float64), 0, 0, 0
+    sums = torch.zeros(4, dtype=torch.float64)
     try:
         for batch in islice(batches, num_batches):
             nll, hits = _score(model, batch, device, precision)
-            total += nll.cpu()
-            correct += int(hits)
-            num_tokens += batch.targets.numel()
-            num_bytes += batch.num_bytes
+            counts = [float(hits), float(batch.targets.numel()), float(batch.num_bytes)]
+            sums += torch.tensor([float(nll), *counts], dtype=torch.float64)
     finally:
         model.train(was_training)
+    total, correct, num_tokens, num_bytes = together(sums).tolist()
     if not num_tokens or not num_bytes:
         raise ValueError("there is no text to evaluate on; pass at least one batch")
-    loss = float(total) / num_tokens
-    bits = float(total) / math.log(2)
-    return Evaluation(loss, bits / num_bytes, correct / num_tokens, num_tokens, num_bytes)
+    bits = total / math.log(2)
+    return Evaluation(total / num_tokens, bits / num_bytes, correct / num_tokens, int(num_tokens), int(num_bytes))
 
 
 @torch.inference_mode()

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from moestro.inspect.model_page import write_model_page
     from moestro.inspect.report import write_report
     from moestro.inspect.specialisation import SpecialisationCounter
-    from moestro.inspect.statistics import LayerTally, layer_statistics, routing_record
+    from moestro.inspect.statistics import LayerTally, layer_statistics, record_of, routing_record, tally_of
     from moestro.inspect.strip import load_strip
     from moestro.inspect.study_page import write_study_page
     from moestro.inspect.survey import Survey
@@ -19,7 +19,9 @@ _HOMES = {
     "Survey": "survey",
     "layer_statistics": "statistics",
     "load_strip": "strip",
+    "record_of": "statistics",
     "routing_record": "statistics",
+    "tally_of": "statistics",
     "write_model_page": "model_page",
     "write_report": "report",
     "write_study_page": "study_page",
@@ -31,7 +33,9 @@ __all__ = [
     "Survey",
     "layer_statistics",
     "load_strip",
+    "record_of",
     "routing_record",
+    "tally_of",
     "write_model_page",
     "write_report",
     "write_study_page",

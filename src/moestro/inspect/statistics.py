@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -30,10 +31,7 @@ def layer_statistics(decisions: Decision | Iterable[Decision]) -> dict[str, Any]
     decisions = [decisions] if isinstance(decisions, Decision) else list(decisions)
     if not decisions:
         raise ValueError("no decision to describe; record at least one batch with RoutingLog.recording()")
-    tally = LayerTally()
-    for decision in decisions:
-        tally.add(decision)
-    return tally.result()
+    return tally_of(decisions).result()
 
 
 def routing_record(step: int, decisions: Mapping[str, Decision | Iterable[Decision]]) -> dict[str, Any]:
@@ -43,8 +41,24 @@ def routing_record(step: int, decisions: Mapping[str, Decision | Iterable[Decisi
         step: optimiser steps done.
         decisions: what `RoutingLog.decisions` holds, by layer name in model order.
     """
-    layers = [{"name": name, **layer_statistics(of_layer)} for name, of_layer in decisions.items()]
-    return {"step": step, "layers": layers}
+    tallies = {name: tally_of(of_layer) for name, of_layer in decisions.items()}
+    return record_of(step, tallies)
+
+
+def record_of(step: int, tallies: Mapping[str, LayerTally]) -> dict[str, Any]:
+    """`routing_record` of decisions that were tallied before, perhaps by several processes."""
+    return {"step": step, "layers": [{"name": name, **tally.result()} for name, tally in tallies.items()]}
+
+
+def tally_of(decisions: Decision | Iterable[Decision]) -> LayerTally:
+    """The sums over decisions of one layer."""
+    tally = LayerTally()
+    for decision in [decisions] if isinstance(decisions, Decision) else decisions:
+        tally.add(decision)
+    return tally
+
+
+MEANS = ("entropy", "margin", "dropped")
 
 
 class LayerTally:
@@ -66,6 +80,22 @@ class LayerTally:
         self._add("entropy", _entropy(decision, valid))
         self._add("margin", _margin(decision, valid))
         self._add("dropped", _dropped(decision, valid))
+
+    def packed(self) -> Tensor:
+        """The sums as float64 numbers, which add up over processes that tallied the same layer."""
+        assert self.load is not None, "add a decision first"
+        means = [[self.sums.get(name, 0.0), float(self.counts.get(name, 0))] for name in MEANS]
+        return torch.cat([torch.tensor([float(self.tokens), *chain(*means)], dtype=torch.float64), self.load])
+
+    @classmethod
+    def unpacked(cls, numbers: Tensor) -> LayerTally:
+        """The tally whose `packed` this is, `[1 + 2 * means + experts]`."""
+        tally, numbers = cls(), numbers.cpu()
+        tokens, *means = numbers[: 1 + 2 * len(MEANS)].tolist()
+        tally.tokens, tally.load = int(tokens), numbers[1 + 2 * len(MEANS) :]
+        tally.sums = dict(zip(MEANS, means[::2], strict=True))
+        tally.counts = {name: int(count) for name, count in zip(MEANS, means[1::2], strict=True)}
+        return tally
 
     def _add(self, name: str, values: Tensor | None) -> None:
         if values is not None:
