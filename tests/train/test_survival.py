@@ -118,9 +118,9 @@ def test_a_disk_that_fills_up_does_not_end_the_run(tmp_path):
     fsync = Counter(2, fail(FULL))
     real = moestro.train.checkpoint_files.write_checkpoint
 
-    def on_a_full_disk(target, checkpoint):
+    def on_a_full_disk(target, checkpoint, team):
         with intercepted(fsync, ("fsync",)):
-            real(target, checkpoint)
+            real(target, checkpoint, team)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("moestro.train.checkpoints.write_checkpoint", on_a_full_disk)

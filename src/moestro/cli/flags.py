@@ -13,7 +13,12 @@ from pydantic_core import PydanticUndefined
 from moestro.train.recipe import Recipe
 
 #: Options so common that they have a short name too.
-SHORTCUTS = {"model.method": "--method", "train.steps": "--steps"}
+SHORTCUTS = {
+    "model.method": "--method",
+    "train.steps": "--steps",
+    "parallel.mesh": "--mesh",
+    "parallel.transport": "--transport",
+}
 
 
 def whole_number(kind: Any, tokens: Sequence[Token]) -> int:

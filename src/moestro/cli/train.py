@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
-from moestro.cli.flags import RecipeFlags, overrides
+from moestro.cli.flags import RecipeFlags, Whole, overrides
 from moestro.cli.terminal import print_json, print_table
 
 if TYPE_CHECKING:
-    from moestro.train import Progress, Recipe
+    from moestro.train import Recipe
+    from moestro.train.progress import Telling
 
 app = App(
     name="train",
@@ -26,6 +26,8 @@ Examples:
   moestro train --data.paths shakespeare.txt --steps 200 --out runs/shakespeare
   moestro train --model.width 64 --train.learning-rate 1e-3 --model.options.top-k 1
   moestro train --out runs/shakespeare --resume
+  moestro train --processes 4 --mesh data=2,expert=2
+  torchrun --nproc-per-node 4 -m moestro train --mesh expert=4 --out runs/four
   moestro train recipes/first.yaml --out runs/night --resume auto --train.checkpoint-every 50""",
 )
 COLUMNS = {
@@ -48,6 +50,7 @@ def train(
         list[Literal["auto"]] | None, Parameter(consume_multiple=(0, 1), negative=(), show_default=False)
     ] = None,
     overwrite: Annotated[bool, Parameter(negative=(), show_default=False)] = False,
+    processes: Whole | None = None,
     quiet: Annotated[bool, Parameter(alias="-q", negative=(), show_default=False)] = False,
     json: Annotated[bool, Parameter(negative=(), show_default=False)] = False,
     flags: RecipeFlags = None,
@@ -60,16 +63,17 @@ def train(
         resume: continue the run that the folder holds from its newest whole checkpoint, with its recipe if none
             is named; `--resume auto` starts it where there is none.
         overwrite: replace the run that the folder holds.
+        processes: train in so many processes of this computer, which talk over loopback only; `--mesh` arranges
+            them. torchrun starts them on several computers [default: this one].
         quiet: print the results only.
         json: print the results for machines, and progress to stderr.
         flags: see the sections below.
     """
-    from moestro.train import train_run
-
     chosen, folder = choose(recipe, out, overrides(flags), resume=resume is not None)
-    progress = _progress(quiet, json)
     how: bool | Literal["auto"] = "auto" if resume else resume is not None
-    result = train_run(chosen, folder, resume=how, overwrite=overwrite, progress=progress)
+    result = _run(chosen, folder, processes, resume=how, overwrite=overwrite, telling=_telling(quiet, json))
+    if result is None:
+        return
     if json:
         print_json({**result, "folder": str(folder)})
         return
@@ -122,7 +126,31 @@ def choose(recipe: Path | None, out: Path | None, given: dict[str, Any], *, resu
     return (load_recipe(kept, given) if resume and recipe is None and kept.is_file() else chosen), folder
 
 
-def _progress(quiet: bool, json: bool) -> Progress | None:
-    from moestro.train.progress import PlainLines, Silent
+def _run(
+    recipe: Recipe,
+    folder: Path,
+    processes: int | None,
+    *,
+    resume: bool | Literal["auto"],
+    overwrite: bool,
+    telling: Telling,
+) -> dict[str, Any] | None:
+    """Train here, in processes that are started now, or as one of those that torchrun started."""
+    from moestro.train.launch import called_by_torchrun, launch_run
 
-    return Silent() if quiet else PlainLines(sys.stderr) if json else None
+    if called_by_torchrun():
+        if processes is not None:
+            raise ValueError("torchrun has started the processes already; leave --processes out")
+        from moestro.train.worker import run_as_member
+
+        return run_as_member(recipe, folder, resume=resume, overwrite=overwrite, telling=telling)
+    if processes is not None and processes != 1:
+        return launch_run(recipe, folder, processes, resume=resume, overwrite=overwrite, progress=telling)
+    from moestro.train import train_run
+    from moestro.train.progress import progress_of
+
+    return train_run(recipe, folder, resume=resume, overwrite=overwrite, progress=progress_of(telling))
+
+
+def _telling(quiet: bool, json: bool) -> Telling:
+    return "silent" if quiet else "plain" if json else "default"

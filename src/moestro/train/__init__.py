@@ -8,7 +8,8 @@ from moestro.train.recipe import Recipe, RecipeError, dump_recipe, load_recipe, 
 
 if TYPE_CHECKING:
     from moestro.train.build import build_corpus, build_model, cache_folder
-    from moestro.train.errors import NonFiniteLoss, Stopped
+    from moestro.train.errors import LostProcess, NonFiniteLoss, Stopped
+    from moestro.train.launch import launch_run
     from moestro.train.progress import Progress
     from moestro.train.repro import replay_step
     from moestro.train.run import run_checkpoints, train_run
@@ -17,15 +18,18 @@ _HOMES = {
     "build_corpus": "build",
     "build_model": "build",
     "cache_folder": "build",
+    "LostProcess": "errors",
     "NonFiniteLoss": "errors",
     "Progress": "progress",
     "Stopped": "errors",
+    "launch_run": "launch",
     "replay_step": "repro",
     "run_checkpoints": "run",
     "train_run": "run",
 }
 
 __all__ = [
+    "LostProcess",
     "NonFiniteLoss",
     "Progress",
     "Recipe",
@@ -35,6 +39,7 @@ __all__ = [
     "build_model",
     "cache_folder",
     "dump_recipe",
+    "launch_run",
     "load_recipe",
     "replay_step",
     "run_checkpoints",

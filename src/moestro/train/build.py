@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from moestro.data import Batches, Corpus, TokenFile, prepare_corpus
+from moestro.data import Batches, Corpus, Share, TokenFile, prepare_corpus
 from moestro.methods import all_methods
 from moestro.models import DecoderLM, build_language_model
+from moestro.parallel import Mesh, MeshShape, Placement
+from moestro.train.machine import Machine
 from moestro.train.recipe import DataSection, ModelSection, Recipe
+from moestro.train.team import Team
 
 MIN_MAX_LENGTH = 2048  # rotary positions cost nothing to have, and text may be generated past the trained length
 
@@ -40,23 +44,78 @@ def takes_domains(name: str | None) -> bool:
     return method is not None and "num_domains" in method.options
 
 
+def build_mesh(recipe: Recipe, team: Team, machine: Machine) -> Mesh | None:
+    """How the processes of a run are arranged; None where there is one.
+
+    Raises:
+        ValueError: a mesh that these processes do not fill, experts that do not divide over it, or a batch that
+            does not divide over the processes.
+    """
+    section, settings = recipe.model, recipe.train
+    if team.size == 1:
+        mesh_shape(recipe.parallel.mesh, 1, section.num_experts if section.method else None)
+        return None
+    shape = mesh_shape(recipe.parallel.mesh, team.size, section.num_experts if section.method else None)
+    parts = shape.dense * settings.accumulate
+    if settings.batch_size % parts:
+        micro = f" of {settings.accumulate} micro-batches" if settings.accumulate > 1 else ""
+        raise ValueError(
+            f"train.batch_size={settings.batch_size}{micro} does not divide over {shape.dense} processes; "
+            f"pass a multiple of {parts}"
+        )
+    return Mesh(shape, machine.device.type)
+
+
+def mesh_shape(words: str, processes: int, num_experts: int | None) -> MeshShape:
+    """The mesh that a recipe's words mean for so many processes.
+
+    `auto` spreads the experts over as many processes as divide both numbers. An axis that is not named is 1, but
+    `data`, which takes what is left.
+
+    Args:
+        words: as `mesh_words` spells them.
+        processes: in the run.
+        num_experts: of an MoE layer; None = a dense model, whose processes are all alike.
+
+    Raises:
+        ValueError: a mesh that needs another number of processes, or one that the experts do not divide over.
+    """
+    if words == "auto":
+        return MeshShape.fitting(processes, expert=math.gcd(processes, num_experts or 1))
+    sizes = {axis: int(size) for axis, size in (part.split("=") for part in words.split(","))}
+    expert, tensor = sizes.get("expert", 1), sizes.get("tensor", 1)
+    needed = sizes["data"] * expert * tensor if "data" in sizes else None
+    if needed not in (None, processes):
+        raise ValueError(
+            f"the mesh {words} needs {needed} processes but there are {processes}; start {needed}, or pass "
+            "another --mesh, for example --mesh auto"
+        )
+    shape = MeshShape.fitting(processes, expert=expert, tensor=tensor)
+    if num_experts is not None:
+        Placement.contiguous(num_experts, expert)
+    return shape
+
+
 def build_corpus(section: DataSection) -> Corpus:
     """The tokenised text of a recipe, from the cache where it is known; the split is the same for every seed."""
     paths = list(section.paths) or None
     return prepare_corpus(paths, section.tokenizer, cache_folder(), section.validation_fraction)
 
 
-def training_batches(corpus: Corpus, recipe: Recipe) -> Batches:
-    """Batches of whole optimiser steps, in an order that only the seed decides."""
-    return Batches(corpus.train, recipe.train.batch_size, recipe.data.sequence_length, recipe.seed)
+def training_batches(corpus: Corpus, recipe: Recipe, share: Share | None = None) -> Batches:
+    """Batches of whole optimiser steps, in an order that only the seed decides; of a share, its rows of each."""
+    size, length = recipe.train.batch_size, recipe.data.sequence_length
+    return Batches(corpus.train, size, length, recipe.seed, share=share)
 
 
-def validation_batches(file: TokenFile, batch_size: int, length: int, count: int = 0) -> Batches | list[Any]:
+def validation_batches(
+    file: TokenFile, batch_size: int, length: int, count: int = 0, share: Share | None = None
+) -> Batches | list[Any]:
     """All validation text in order, or a sample of `count` batches that is the same for every run and model."""
-    everything = Batches(file, batch_size, length, shuffle=False)
+    everything = Batches(file, batch_size, length, shuffle=False, share=share)
     if not 0 < count < everything.num_windows // batch_size:
         return everything
-    sample = Batches(file, batch_size, length, seed=0)
+    sample = Batches(file, batch_size, length, seed=0, share=share)
     return [sample.at(i) for i in range(count)]
 
 

@@ -2,9 +2,11 @@
 
     step-00000100/
       model.safetensors  optimiser.safetensors  random.safetensors      every tensor
+      model-rank-1.safetensors ...                                      what other processes held, see `fragments`
       state.json                                                        every number
       manifest.json      of each file its size and checksum, of each tensor its place and checksum
 
+Every process writes its files into the folder that the first has made; the manifest comes when all have arrived.
 Checksums are xxh3-128: they find accidents, not attackers.
 """
 
@@ -14,27 +16,28 @@ import json
 import os
 import shutil
 import time
+from collections import ChainMap
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 
 from moestro.train.durable import arriving, write_file
+from moestro.train.errors import DamagedCheckpoint
 from moestro.train.state import Checkpoint
+from moestro.train.stored import StoredTensors
+from moestro.train.team import ALONE, Team
 
-FORMAT = 2
+FORMAT = 3  # 2 had no pieces of tensors
 MANIFEST, STATE = "manifest.json", "state.json"
 _GROUPS = ("model", "optimiser", "random")
 _ROOM = 1 << 20  # for JSON, headers and names
-
-
-class DamagedCheckpoint(ValueError):
-    """A checkpoint that is not what was written; names the file and, where it can, the tensor."""
+_CHUNK = 1 << 23  # bytes read at once
 
 
 @dataclass(frozen=True)
@@ -49,54 +52,69 @@ class Verified:
         return self.num_bytes / 2**30 / max(self.seconds, 1e-9)
 
 
-def write_checkpoint(target: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint as the folder `target`, whole or not at all.
+def write_checkpoint(target: Path, checkpoint: Checkpoint, team: Team = ALONE) -> None:
+    """Write a checkpoint as the folder `target`, whole or not at all, each process what it has of it.
 
     Raises:
-        OSError: the disk has no room, which is asked before anything is written, or fails.
+        OSError: the disk has no room, which is asked before anything is written, or fails, for one process or all.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
-    _need_room(target.parent, sum(tensor.nbytes for tensor in tensors.values()) + _ROOM)
-    with arriving(target) as folder:
-        files: dict[str, Any] = {}
-        for group in _GROUPS:
-            data = save({name: tensor for name, tensor in tensors.items() if name.startswith(f"{group}.")})
-            files[f"{group}.safetensors"] = _described(data) | {"tensors": _places(data)}
-            write_file(folder / f"{group}.safetensors", data)
-        state = json.dumps({name: getattr(checkpoint, name) for name in _NUMBERS}).encode()
-        files[STATE] = _described(state)
-        write_file(folder / STATE, state)
-        write_file(folder / MANIFEST, _manifest(files))
+    needed = sum(team.gather(sum(tensor.nbytes for tensor in tensors.values())))
+    team.by_first(lambda: _need_room(target.parent, needed + _ROOM))
+    with team.held_by_first(lambda: _as_text(arriving(target))) as folder:
+        mine = team.together(lambda: _write_tensors(Path(folder), tensors, team))
+        everyones = team.gather(mine)
+        team.by_first(lambda: _write_rest(Path(folder), checkpoint, dict(ChainMap(*everyones))))
 
 
-_NUMBERS = ("step", "seconds", "numbers", "fingerprint", "spent", "bits_per_byte")
+@contextmanager
+def _as_text(arriving: AbstractContextManager[Path]) -> Iterator[str]:
+    with arriving as folder:
+        yield str(folder)
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
-    """A checkpoint, every byte compared with the manifest.
+def _write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], team: Team) -> dict[str, Any]:
+    """The files of one process, and what the manifest says of them."""
+    files: dict[str, Any] = {}
+    for group in _GROUPS:
+        own = {name: tensor for name, tensor in tensors.items() if name.startswith(f"{group}.")}
+        if not (own or team.first):
+            continue
+        data = save(own)
+        name = f"{group}.safetensors" if team.first else f"{group}-rank-{team.rank}.safetensors"
+        files[name] = _described(data) | {"tensors": _places(data)}
+        write_file(folder / name, data)
+    return files
+
+
+def _write_rest(folder: Path, checkpoint: Checkpoint, files: dict[str, Any]) -> None:
+    state = json.dumps({name: getattr(checkpoint, name) for name in _NUMBERS}).encode()
+    files[STATE] = _described(state)
+    write_file(folder / STATE, state)
+    write_file(folder / MANIFEST, _manifest(files))
+
+
+_NUMBERS = ("step", "seconds", "numbers", "fingerprint", "spent", "bits_per_byte", "model")
+
+
+def read_checkpoint(folder: Path, team: Team = ALONE) -> Checkpoint:
+    """A checkpoint, every byte compared with the manifest, work that processes share; tensors are read later.
 
     Raises:
         DamagedCheckpoint: a file or tensor is missing, extra or not what was written.
         ValueError: written by a newer version.
     """
-    tensors: dict[str, torch.Tensor] = {}
-    numbers: dict[str, Any] = {}
-    for name, data in _verified(folder):
-        try:
-            if name == STATE:
-                numbers = json.loads(data)
-            else:
-                tensors |= load(data)
-        except (SafetensorError, ValueError) as error:
-            raise DamagedCheckpoint(f"{folder / name} cannot be read: {error}") from None
-    return Checkpoint(tensors=tensors, **{name: numbers[name] for name in _NUMBERS})
+    files = team.together(lambda: _verified_files(folder, team))
+    numbers = team.together(lambda: json.loads(_read(folder / STATE)))
+    kept = {name: numbers[name] for name in _NUMBERS if name in numbers}  # older formats lack some
+    return Checkpoint(tensors=StoredTensors(folder, files), **kept)
 
 
 def verify_checkpoint(folder: Path) -> Verified:
     """Compare every byte with the manifest; raises like `read_checkpoint`."""
     started = time.perf_counter()
-    num_bytes = sum(len(data) for _, data in _verified(folder))
-    return Verified(num_bytes, time.perf_counter() - started)
+    files = _verified_files(folder, ALONE)
+    return Verified(sum(expected["bytes"] for expected in files.values()), time.perf_counter() - started)
 
 
 def read_numbers(folder: Path) -> dict[str, Any]:
@@ -107,21 +125,41 @@ def read_numbers(folder: Path) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{folder / STATE} cannot be read: {error}") from None
 
 
-def _verified(folder: Path) -> Iterator[tuple[str, bytes]]:
-    """Each file's name and bytes, equal to what the manifest says."""
+def _verified_files(folder: Path, team: Team) -> dict[str, Any]:
+    """What the manifest says of each file, all of which are there; this process's share of them is as it says."""
     files = _read_manifest(folder)
     present = set(os.listdir(folder)) - {MANIFEST}
     if strange := sorted(present ^ files.keys()):
         what = "is missing" if strange[0] in files else "does not belong there"
         raise DamagedCheckpoint(f"{folder} is damaged: {strange[0]} {what}")
-    for name, expected in files.items():
-        try:
-            data = (folder / name).read_bytes()
-        except OSError as error:
-            raise DamagedCheckpoint(f"{folder / name} cannot be read: {error.strerror}") from None
-        if _described(data) != {key: expected[key] for key in ("bytes", "xxh3_128")}:
-            raise DamagedCheckpoint(f"{folder / name} is damaged: {_culprit(data, expected)}")
-        yield name, data
+    for name in sorted(files)[team.rank :: team.size]:
+        _verify(folder / name, files[name])
+    return files
+
+
+def _verify(path: Path, expected: Mapping[str, Any]) -> None:
+    size, digest = 0, xxhash.xxh3_128()
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+                size += len(chunk)
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path} cannot be read: {error.strerror}") from None
+    if size != expected["bytes"]:
+        raise DamagedCheckpoint(f"{path} is damaged: it has {size} bytes instead of {expected['bytes']}")
+    if digest.hexdigest() != expected["xxh3_128"]:
+        raise DamagedCheckpoint(f"{path} is damaged: {_culprit(path, expected)}")
+
+
+def _read(path: Path, begin: int = 0, end: int | None = None) -> bytes:
+    """A part of a file."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(begin)
+            return file.read() if end is None else file.read(end - begin)
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _manifest(files: Mapping[str, Any]) -> bytes:
@@ -165,13 +203,10 @@ def _places(data: bytes) -> dict[str, Any]:
     return places
 
 
-def _culprit(data: bytes, expected: Mapping[str, Any]) -> str:
-    """What in a file differs: its size, the first tensor that does, or what lies around tensors."""
-    if len(data) != expected["bytes"]:
-        return f"it has {len(data)} bytes instead of {expected['bytes']}"
+def _culprit(path: Path, expected: Mapping[str, Any]) -> str:
+    """What in a file of the right size differs: the first tensor that does, or what lies around tensors."""
     for name, place in expected.get("tensors", {}).items():
-        begin, end = place["at"]
-        if xxhash.xxh3_128_hexdigest(data[begin:end]) != place["xxh3_128"]:
+        if xxhash.xxh3_128_hexdigest(_read(path, *place["at"])) != place["xxh3_128"]:
             return f"the tensor {name} is not what was written"
     return "its header is not what was written" if "tensors" in expected else "it is not what was written"
 

@@ -17,6 +17,7 @@ from moestro.train.checkpoint_files import (
 )
 from moestro.train.durable import STAGED, sweep
 from moestro.train.state import Checkpoint
+from moestro.train.team import ALONE, Team
 
 Say = Callable[[str], None]
 
@@ -37,39 +38,49 @@ class Checkpoints:
     keep_best: bool = False
     keep_every: int = 0
 
-    def save(self, checkpoint: Checkpoint) -> Path:
+    def save(self, checkpoint: Checkpoint, team: Team = ALONE) -> Path:
         """Write a checkpoint, then remove what it makes superfluous.
 
         A step that is there already, intact, is not written again.
 
+        Args:
+            checkpoint: what this process has of it.
+            team: the processes that save it together.
+
         Raises:
             OSError: the disk is full or fails; the checkpoints before are untouched.
         """
-        if not self.folder.is_dir():
-            self.folder.mkdir()
         target = self.folder / f"step-{checkpoint.step:08d}"
-        if not (target.exists() and self._intact(target)):
-            shutil.rmtree(target, ignore_errors=True)
-            write_checkpoint(target, checkpoint)
-        self._prune()
+        if team.by_first(lambda: self._make_way(target)):
+            write_checkpoint(target, checkpoint, team)
+        team.by_first(self._prune)
         return target
 
-    def latest(self, say: Say) -> Checkpoint | None:
+    def _make_way(self, target: Path) -> bool:
+        """Whether a checkpoint has yet to be written; if so, nothing is in its place any more."""
+        if not self.folder.is_dir():
+            self.folder.mkdir()
+        if target.exists() and self._intact(target):
+            return False
+        shutil.rmtree(target, ignore_errors=True)
+        return True
+
+    def latest(self, say: Say, team: Team = ALONE) -> Checkpoint | None:
         """The newest checkpoint that is whole; says which damaged ones it passed over. None where there is none.
 
         Raises:
             ValueError: all are damaged, or the newest was written by a newer version.
         """
-        sweep(self.folder)
-        paths = self.paths()
-        for path in reversed(paths):
+        team.by_first(lambda: sweep(self.folder))
+        names = team.by_first(lambda: [path.name for path in self.paths()])
+        for name in reversed(names):
             try:
-                return read_checkpoint(path)
+                return read_checkpoint(self.folder / name, team)
             except DamagedCheckpoint as error:
                 say(f"{error}; falling back to the checkpoint before it")
-        if paths:
+        if names:
             raise ValueError(
-                f"none of the {len(paths)} checkpoints in {self.folder} is whole; "
+                f"none of the {len(names)} checkpoints in {self.folder} is whole; "
                 "start again with --overwrite, or give another folder"
             )
         return None

@@ -20,13 +20,30 @@ class Culprit:
     Attributes:
         kind: "weight", "optimiser state", "input", "output", "auxiliary loss" or "gradient".
         name: of the module, parameter or loss; one expert of a bank is `layers.7.moe.experts[13].down`.
+        at: calls of modules before it in the run that was watched.
+        rank: the process that found it, if not all did.
     """
 
     kind: str
     name: str
+    at: int = 0
+    rank: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.kind} of {self.name}"
+        where = "" if self.rank is None else f" on rank {self.rank}"
+        return f"{self.kind} of {self.name}{where}"
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Earlier culprits are lower, if found by processes that do the same."""
+        return _STAGES.index(self.kind), self.at
+
+    def facts(self) -> tuple[str, str, int]:
+        """What another process needs to know of it."""
+        return self.kind, self.name, self.at
+
+
+_STAGES = ("weight", "optimiser state", "input", "output", "auxiliary loss", "gradient")
 
 
 def bad_weight(model: nn.Module) -> Culprit | None:
@@ -71,6 +88,7 @@ class Watch:
         self._consumers: dict[int, list[str]] = {}
         self._tensors: list[Tensor] = []  # kept alive, or their ids would name others
         self._answered: set[str] = set()  # modules whose output got a finite gradient
+        self._calls = 0
 
     def __enter__(self) -> Watch:
         for name, module in self.model.named_modules():
@@ -91,8 +109,9 @@ class Watch:
     def _before(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: Any, keywords: Any) -> None:
             tensors = _tensors((arguments, keywords))
+            self._calls += 1
             if self.forward is None and any(_bad(tensors)):
-                self.forward = Culprit("input", name or "the model")
+                self.forward = Culprit("input", name or "the model", self._calls)
             for tensor in tensors.values():
                 self._follow(tensor)
                 self._consumers.setdefault(id(tensor), []).append(name)
@@ -102,8 +121,9 @@ class Watch:
     def _after(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: Any, output: Any) -> None:
             tensors = _tensors(output)
+            self._calls += 1
             if self.forward is None and any(_bad(tensors)):
-                self.forward = Culprit("output", name or "the model")
+                self.forward = Culprit("output", name or "the model", self._calls)
             for tensor in tensors.values():
                 self._follow(tensor)
                 self._producer.setdefault(id(tensor), name)

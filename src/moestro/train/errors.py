@@ -18,6 +18,14 @@ class NonFiniteLoss(RuntimeError):
         self.step, self.kind, self.name = step, kind, name
 
 
+class DamagedCheckpoint(ValueError):
+    """A checkpoint that is not what was written; names the file and, where it can, the tensor."""
+
+
+class LostProcess(RuntimeError):
+    """Another process of the run ended or fell silent."""
+
+
 class Stopped(KeyboardInterrupt):
     """A signal stopped the run after a whole step and its state was saved.
 

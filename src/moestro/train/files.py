@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from moestro.train.durable import STAGED, write_file
 
@@ -40,10 +40,15 @@ class JsonLines:
 
     Opened for a run that has done `step` steps, it forgets the lines past that step, which a run that is resumed
     from there will write again. Floats are written so that they read back bit for bit.
+
+    Args:
+        path: of the file.
+        step: optimiser steps done.
+        writes: whether this process writes the file; otherwise it reads what is there, and keeps its records.
     """
 
-    def __init__(self, path: Path, step: int = 0):
-        self.path = path
+    def __init__(self, path: Path, step: int = 0, writes: bool = True):
+        self.path, self.writes = path, writes
         self._open(step)
 
     def rewind(self, step: int) -> None:
@@ -53,16 +58,20 @@ class JsonLines:
 
     def _open(self, step: int) -> None:
         self.records = [record for record in read_lines(self.path) if record["step"] <= step]
-        write_whole(self.path, "".join(map(_line, self.records)))
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        self._file: IO[str] | None = None
+        if self.writes:
+            write_whole(self.path, "".join(map(_line, self.records)))
+            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
 
     def append(self, record: Mapping[str, Any]) -> None:
-        self._file.write(_line(record))
-        self._file.flush()
         self.records.append(dict(record))
+        if self._file is not None:
+            self._file.write(_line(record))
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def __enter__(self) -> JsonLines:
         return self

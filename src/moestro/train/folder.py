@@ -74,7 +74,8 @@ def _check_same_recipe(out: Path, recipe: Recipe) -> None:
         before = load_recipe(out / RECIPE)
     except RecipeError as error:
         raise ValueError(f"the run in {out} cannot be resumed: {error}") from None
-    different = differing_keys(recipe.model_dump(mode="json"), before.model_dump(mode="json"))
+    ours, theirs = (each.model_dump(mode="json", exclude={"parallel"}) for each in (recipe, before))
+    different = differing_keys(ours, theirs)
     if different:
         keys = ", ".join(different)
         raise ValueError(f"the run in {out} had another recipe: {keys}; use the same values to resume it")

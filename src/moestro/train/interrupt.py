@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -19,13 +20,21 @@ class Interrupt:
 
     A second signal acts at once, as if this class did not exist. Outside the main thread, where Python allows no
     signal handlers, nothing is changed.
+
+    Args:
+        agree: the highest of the numbers that the processes of a run name; all of them stop when one is asked to.
+            Such a process may get one wish twice, from the terminal and from whoever started it, so it takes the
+            second for the first; who started it ends it if need be.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, agree: Callable[[int], int] | None = None) -> None:
         self.signal_number: int | None = None
+        self._agree = agree
         self._before: dict[int, Any] = {}
 
     def check(self) -> None:
+        if self._agree is not None:
+            self.signal_number = self._agree(self.signal_number or 0) or None
         if self.signal_number is not None:
             raise StopRequested
 
@@ -39,6 +48,6 @@ class Interrupt:
             signal.signal(number, handler)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self.signal_number is not None:
+        if self.signal_number is not None and self._agree is None:
             raise SystemExit(128 + number) if number == signal.SIGTERM else KeyboardInterrupt
         self.signal_number = number

@@ -44,35 +44,47 @@ class Machine:
         return f"device {self.device} ({name}) · {self.precision_name} ({self.why}) · {self.threads} threads"
 
 
-def choose_machine(device: str = "auto", precision: str = "auto", threads: int = 0) -> Machine:
+def choose_machine(
+    device: str = "auto", precision: str = "auto", threads: int = 0, local_rank: int = 0, sharing: int = 1
+) -> Machine:
     """Turn the recipe's `auto` and 0 into what this computer has.
 
     Args:
         device: auto (the first CUDA device, else the CPU), cpu, cuda or cuda:N.
         precision: auto (bfloat16 where the processor multiplies it in hardware), float32 or bfloat16.
         threads: CPU threads; 0 = OMP_NUM_THREADS if set, else every core this process may use.
+        local_rank: which of the processes of a run on this computer asks; each has a CUDA device of its own.
+        sharing: how many they are; they share the cores.
 
     Raises:
         ValueError: an unknown device, or one that this computer does not have.
     """
-    chosen = _device(device)
+    chosen = _device(device, local_rank)
+    if sharing > 1 and device.startswith("cuda:"):
+        raise ValueError(f"train.device={device!r} names one device for {sharing} processes; pass cuda or cpu")
     dtype, why = _precision(precision, chosen)
-    return Machine(chosen, dtype, why, threads or _threads())
+    return Machine(chosen, dtype, why, threads or _threads(sharing))
 
 
-def _device(name: str) -> torch.device:
+def _device(name: str, local_rank: int) -> torch.device:
     if name == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"train.device={name!r}; pass auto, cpu, cuda or cuda:N") from None
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"train.device={name!r}; pass auto, cpu, cuda or cuda:N")
+    if device.type == "cpu":
+        return torch.device("cpu")
+    index = local_rank if device.index is None else device.index
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type == "cuda" and (device.index or 0) >= found:
-        raise ValueError(f"train.device={name!r} but this computer has {found} CUDA devices; pass auto or cpu")
-    return torch.device("cuda", device.index or 0) if device.type == "cuda" else torch.device("cpu")
+    if index >= found:
+        whose = f" for process {local_rank + 1} here" if local_rank else ""
+        raise ValueError(
+            f"train.device={name!r}{whose} but this computer has {found} CUDA devices; pass auto or cpu"
+        )
+    return torch.device("cuda", index)
 
 
 def _precision(name: str, device: torch.device) -> tuple[torch.dtype, str]:
@@ -91,11 +103,12 @@ def _fast_bfloat16(device: torch.device) -> tuple[bool, str]:
     return feature is not None, feature or "bfloat16 arithmetic in this processor"
 
 
-def _threads() -> int:
+def _threads(sharing: int) -> int:
     asked = os.environ.get("OMP_NUM_THREADS", "")
     if asked.isdecimal() and int(asked):
         return int(asked)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // sharing)
 
 
 @contextmanager

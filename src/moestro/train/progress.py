@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import IO, Any, Protocol
+from typing import IO, Any, Literal, Protocol
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -159,6 +159,14 @@ def figures(record: Mapping[str, Any]) -> str:
 def validation(record: Mapping[str, Any]) -> str:
     """What an evaluation found, in a few words."""
     return f"validation loss {record['validation_loss']:.4f} · {record['bits_per_byte']:.4f} bits per byte"
+
+
+Telling = Literal["default", "plain", "silent"]
+
+
+def progress_of(telling: Telling) -> Progress | None:
+    """Who is told: as `default_progress`, which None stands for, plain lines on stderr, or nobody."""
+    return Silent() if telling == "silent" else PlainLines(sys.stderr) if telling == "plain" else None
 
 
 def default_progress() -> Progress:

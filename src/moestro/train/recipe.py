@@ -10,10 +10,11 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from moestro.train.mesh_words import mesh_words
 from moestro.train.recipe_errors import did_you_mean, first_error, sentence
 from moestro.train.yaml_source import RecipeError, YamlSource, read_yaml
 
-__all__ = ["DataSection", "ModelSection", "Recipe", "RecipeError", "TrainSection"]
+__all__ = ["DataSection", "ModelSection", "ParallelSection", "Recipe", "RecipeError", "TrainSection"]
 __all__ += ["dump_recipe", "load_recipe", "shipped_recipes"]
 
 
@@ -126,6 +127,20 @@ class TrainSection(Section):
         return self
 
 
+class ParallelSection(Section):
+    """How several processes share a run; without effect in one. A run may go on with another section."""
+
+    mesh: str = Field("auto", description="processes by axis, e.g. data=2,expert=2; auto = experts over most")
+    transport: str = Field("linear", description="how tokens travel to their experts and back")
+    shard_optimiser: bool = Field(False, description="every process keeps a share of the optimiser's state only")
+    timeout: float = Field(300.0, gt=0, description="seconds to wait for the other processes before giving up")
+
+    @field_validator("mesh", mode="before")
+    @classmethod
+    def _known_axes(cls, value: Any) -> str:
+        return mesh_words(value)
+
+
 class Recipe(Section):
     """A whole run: `moestro train RECIPE.yaml` reads it, the run folder keeps it resolved."""
 
@@ -134,6 +149,7 @@ class Recipe(Section):
     model: ModelSection = Field(default_factory=lambda: ModelSection.model_validate({}))
     data: DataSection = Field(default_factory=lambda: DataSection.model_validate({}))
     train: TrainSection = Field(default_factory=lambda: TrainSection.model_validate({}))
+    parallel: ParallelSection = Field(default_factory=lambda: ParallelSection.model_validate({}))
 
 
 def load_recipe(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -154,6 +170,7 @@ def load_recipe(path: str | Path | None = None, overrides: Mapping[str, Any] | N
     below = _without_foreign_options(source.values, given)
     recipe = _validated(_merged(below, given), _Places(source, given))
     _check_method(recipe.model, _Places(source, given))
+    _check_transport(recipe.parallel, _Places(source, given))
     return recipe
 
 
@@ -264,3 +281,16 @@ def _check_method(model: ModelSection, places: _Places) -> None:
             known[name].parse(value)
         except ValueError as error:
             raise RecipeError(f"{where}: {model.method} {error}") from None
+
+
+def _check_transport(section: ParallelSection, places: _Places) -> None:
+    """The transport exists; torch is needed for any but the default."""
+    if section.transport == ParallelSection.model_fields["transport"].default:
+        return
+    from moestro.parallel import all_transports
+
+    known = all_transports()
+    if section.transport not in known:
+        hint = did_you_mean(section.transport, known) or f"; there are {', '.join(known)}"
+        where = places.of(("parallel", "transport"))
+        raise RecipeError(f"{where}: unknown transport {section.transport!r}{hint}")

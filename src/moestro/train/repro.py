@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from moestro.train.optimiser import build_optimiser, set_learning_rate
 from moestro.train.recipe import Recipe, dump_recipe, load_recipe
 from moestro.train.state import Checkpoint, restore
 from moestro.train.step import Stepper
+from moestro.train.team import ALONE, Team
 
 DIAGNOSIS = "diagnosis.json"
 
@@ -51,15 +54,22 @@ class FailedStep:
     error: NonFiniteLoss
 
 
-def write_repro(folder: Path, failed: FailedStep) -> None:
+def write_repro(folder: Path, failed: FailedStep, team: Team = ALONE) -> None:
     """Write a failed step as a folder, whole or not at all; replaces the one before."""
+    with team.held_by_first(lambda: _begun(folder, failed)) as staged:
+        write_checkpoint(Path(staged) / "state", failed.state, team)
+
+
+@contextmanager
+def _begun(folder: Path, failed: FailedStep) -> Iterator[str]:
+    """All but the state, which every process has a part of."""
     shutil.rmtree(folder, ignore_errors=True)
     with arriving(folder) as staged:
         tensors = {name: getattr(failed.batch, name) for name in ("tokens", "targets", "domain")}
         write_file(staged / "batch.safetensors", save(tensors))
         write_file(staged / "recipe.yaml", dump_recipe(failed.recipe).encode())
         write_file(staged / DIAGNOSIS, json.dumps(_facts(failed), indent=2).encode())
-        write_checkpoint(staged / "state", failed.state)
+        yield str(staged)
 
 
 def _facts(failed: FailedStep) -> dict[str, Any]:

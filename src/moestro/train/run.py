@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,15 +14,17 @@ import numpy as np
 from moestro.balance import RoutingLog
 from moestro.inspect import write_report
 from moestro.models import DecoderLM
-from moestro.train.build import build_corpus, build_model, training_batches, validation_batches
+from moestro.train.alike import check_alike, check_same_text
+from moestro.train.build import build_corpus, build_mesh, build_model, training_batches, validation_batches
 from moestro.train.checkpoints import checkpoint_table
 from moestro.train.files import read_lines, write_json
 from moestro.train.folder import RECIPE, check_folder, claim_folder, has_run, remove_run
 from moestro.train.interrupt import Interrupt
 from moestro.train.lock import writing
-from moestro.train.machine import choose_machine, repeatable
+from moestro.train.machine import Machine, choose_machine, repeatable
 from moestro.train.progress import Progress, default_progress
 from moestro.train.recipe import Recipe, load_recipe
+from moestro.train.team import ALONE, Team
 from moestro.train.training import Surroundings, Training, checkpoints_of
 
 
@@ -33,7 +35,8 @@ def train_run(
     resume: bool | Literal["auto"] = False,
     overwrite: bool = False,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+    team: Team = ALONE,
+) -> dict[str, Any] | None:
     """Train what a recipe describes and write everything about it to a folder.
 
     Everything that can be refused is refused before the folder is touched. The first ctrl-C (or SIGTERM) finishes
@@ -47,8 +50,11 @@ def train_run(
             whole; a finished run is returned as it is. "auto" starts a run where `out` holds none.
         overwrite: replace the run in `out`.
         progress: is told what happens; None = a live display on a terminal, plain lines elsewhere.
+        team: the processes that train together, all of which call this alike; the first writes and tells. See
+            `moestro.train.launch_run`, which starts them on one computer.
 
-    Returns: the content of result.json; the twin's under "twin". The report is `out/report.html`.
+    Returns: the content of result.json; the twin's under "twin". The report is `out/report.html`. In other
+        processes of a team than the first None.
 
     Raises:
         ValueError: the recipe, the text or the folder cannot be used.
@@ -56,27 +62,49 @@ def train_run(
         Stopped: a signal stopped the run and its state was saved.
     """
     out, progress = Path(out), progress or default_progress()
-    result = train_models(recipe, out, resume=resume, overwrite=overwrite, progress=progress)
-    _report(out, progress)
-    return result
+    result = train_models(recipe, out, resume=resume, overwrite=overwrite, progress=progress, team=team)
+    if team.first:
+        _report(out, progress)
+    return result if team.first else None
 
 
 def train_models(
-    recipe: Recipe, out: Path, *, resume: bool | Literal["auto"], overwrite: bool, progress: Progress
+    recipe: Recipe,
+    out: Path,
+    *,
+    resume: bool | Literal["auto"],
+    overwrite: bool,
+    progress: Progress,
+    team: Team = ALONE,
 ) -> dict[str, Any]:
     """What `train_run` does, without the report."""
-    resume = has_run(out) if resume == "auto" else resume
-    check_folder(out, recipe, resume=resume, overwrite=overwrite)
-    machine = choose_machine(recipe.train.device, recipe.train.precision, recipe.train.threads)
-    with repeatable(machine), _random_states_kept(), Interrupt() as interrupt:
-        around = Surroundings(recipe, machine, build_corpus(recipe.data), progress, interrupt)
-        model = _model(around)
+    check_alike(team, recipe, resume=resume, overwrite=overwrite, out=str(out))
+    resuming = team.by_first(lambda: has_run(out) if resume == "auto" else resume)
+    team.by_first(lambda: check_folder(out, recipe, resume=resuming, overwrite=overwrite))
+    machine = team.together(lambda: _machine(recipe, team))
+    agree = team.highest if team.size > 1 else None
+    with repeatable(machine), _random_states_kept(), Interrupt(agree) as interrupt:
+        corpus = team.in_turn(lambda: build_corpus(recipe.data))
+        check_same_text(team, corpus)
+        mesh = team.together(lambda: build_mesh(recipe, team, machine))
+        around = Surroundings(recipe, machine, corpus, progress, interrupt, team, mesh)
+        model = team.together(lambda: _model(around))
         introduce(around, model)
-        with _folder(out), writing(out) as dead, _nothing_half_begun(out, resume):
+        with ExitStack() as held:
+            held.enter_context(team.held_by_first(lambda: _folder(out)))
+            dead = held.enter_context(team.held_by_first(lambda: writing(out)))
+            held.enter_context(team.held_by_first(lambda: _nothing_half_begun(out, resuming)))
             if dead is not None:
                 progress.say(f"process {dead}, which wrote this run before, died without giving it back")
-            claim_folder(out, recipe, resume=resume)
+            team.by_first(lambda: claim_folder(out, recipe, resume=resuming))
             return _train(around, model, out)
+
+
+def _machine(recipe: Recipe, team: Team) -> Machine:
+    settings = recipe.train
+    return choose_machine(
+        settings.device, settings.precision, settings.threads, local_rank=team.local_rank, sharing=team.local_size
+    )
 
 
 def run_checkpoints(run: str | Path, *, verify: bool = False) -> list[dict[str, Any]]:
@@ -103,13 +131,28 @@ def _report(out: Path, progress: Progress) -> None:
 def introduce(around: Surroundings, model: DecoderLM) -> None:
     """The facts that decide a run, said before its first step."""
     counts, recipe = model.parameter_counts(), around.recipe
-    lines = [around.machine.describe(), *(f"text: {line}" for line in around.corpus.describe())]
+    lines = [
+        around.machine.describe(),
+        *_company(around, model),
+        *(f"text: {line}" for line in around.corpus.describe()),
+    ]
     lines.append(f"parameters: {_spaced(counts.total)} total, {_spaced(counts.active)} active")
     lines += [f"balance: {line}" for line in _balance(model)]
     tokens = recipe.train.batch_size * recipe.data.sequence_length
     lines.append(f"{recipe.train.steps} steps of {_spaced(tokens)} tokens, seed {recipe.seed}")
     for line in lines:
         around.progress.say(line)
+
+
+def _company(around: Surroundings, model: DecoderLM) -> list[str]:
+    """How many processes share the run, and what that changes."""
+    mesh = around.mesh
+    if mesh is None:
+        return []
+    lines = [f"processes: {around.team.size} ({mesh.shape.words}), transport {around.recipe.parallel.transport}"]
+    if not model.batch_independent:
+        lines.append("routing looks at the tokens of one process at a time: the run will differ from one process")
+    return lines
 
 
 def _model(around: Surroundings) -> DecoderLM:
@@ -137,23 +180,28 @@ def _balance(model: DecoderLM) -> list[str]:
 def _train(around: Surroundings, model: DecoderLM, out: Path) -> dict[str, Any]:
     """Train the model and then its twin, each unless its result is there already."""
     recipe = around.recipe
+    twin = model.dense_twin(recipe.seed) if recipe.twin and recipe.model.method is not None else None
     result = _trained("moe" if recipe.model.method else "dense", model, out, around)
-    if not recipe.twin or recipe.model.method is None:
+    if twin is None:
         return result
-    twin = model.dense_twin(recipe.seed)
     counts = twin.parameter_counts()
     around.progress.say(f"dense twin: {_spaced(counts.total)} parameters, the same batches in the same order")
     result["twin"] = _trained("dense twin", twin, out / "twin", around)
-    write_json(out / "result.json", result)
+    around.team.by_first(lambda: write_json(out / "result.json", result))
     return result
 
 
 def _trained(name: str, model: DecoderLM, folder: Path, around: Surroundings) -> dict[str, Any]:
-    if (folder / "result.json").is_file():
-        around.progress.say(f"{name}: finished before")
-        result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-        return result
-    return Training(name, model, folder, around).run()
+    result = around.team.by_first(lambda: _finished(folder))
+    if result is None:
+        return Training(name, model, folder, around).run()
+    around.progress.say(f"{name}: finished before")
+    return result
+
+
+def _finished(folder: Path) -> dict[str, Any] | None:
+    path = folder / "result.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from moestro.data import Batch
 from moestro.routing import Decision
 from moestro.train.culprit import Culprit, Watch, bad_gradient, bad_loss, bad_state, bad_weight
 from moestro.train.errors import NonFiniteLoss
+from moestro.train.exchange import Exchange, NoExchange
 from moestro.train.machine import Machine
 from moestro.train.objectives import Objective, objective_for
 
@@ -59,6 +60,7 @@ class Stepper:
         compiled: what to call in place of the model, for example `torch.compile(model)`.
         statistics: whose tokens an auxiliary loss is computed from, "micro-batch" or "step".
         objective: what is learned; None = what the model's routers need, mostly the next token.
+        exchange: what processes with a share of the batch each need of each other; None = this one has it all.
         check_every: steps between looks at all weights and all of the optimiser's state; 0 = never. Loss and
             gradient are looked at every step.
 
@@ -78,32 +80,40 @@ class Stepper:
         compiled: Callable[..., Tensor] | None = None,
         statistics: Statistics = "micro-batch",
         objective: Objective | None = None,
+        exchange: Exchange | None = None,
         check_every: int = 1,
     ):
         self.model, self.optimiser, self.machine, self.log = model, optimiser, machine, log
         self.accumulate, self.clip, self.statistics = accumulate, clip, statistics
         self.objective = objective or objective_for(model)
+        self.exchange = exchange or NoExchange()
         self.check_every, self.random_state = check_every, torch.get_rng_state()
         self._forward: Callable[..., Tensor] = model if compiled is None else compiled
 
     def __call__(self, batch: Batch, step: int) -> StepResult:
         """Learn from one batch; raises NonFiniteLoss, naming `step`, before a bad gradient reaches the weights."""
         self.model.train()
-        self.optimiser.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         self.random_state = torch.get_rng_state()
         totals = self._totals(batch)
         parts = [self._backward(*part, totals) for part in self._parts(batch)]
-        total = {name: torch.stack([part[name] for part in parts]).sum() for name in parts[0]}
-        norm = self._gradient_norm()
-        loss, auxiliary, grad_norm = torch.stack([total.pop("loss"), total.pop("auxiliary_loss"), norm]).tolist()
+        self.exchange.gradients(self.model)
+        total = self._added_up(parts)
+        loss, auxiliary, grad_norm = total.pop("loss"), total.pop("auxiliary_loss"), float(self._gradient_norm())
         if not all(map(math.isfinite, (loss, auxiliary, grad_norm))):
             raise self._failure(batch, step, _bad_figure(loss, auxiliary))
-        if self.check_every and step % self.check_every == 0 and not self._sound():
+        if self.check_every and step % self.check_every == 0 and not self.exchange.all_true(self._sound()):
             raise self._failure(batch, step, "a weight or the optimiser's state is not finite")
         self.optimiser.step()
+        self.exchange.settle(self.model)
         if self.log is not None:
             self.log.update_controllers()
-        return StepResult(loss, auxiliary, grad_norm, {name: float(value) for name, value in total.items()})
+        return StepResult(loss, auxiliary, grad_norm, total)
+
+    def _added_up(self, parts: list[dict[str, Tensor]]) -> dict[str, float]:
+        """What the micro-batches measured, together and over all processes."""
+        sums = torch.stack([torch.stack([part[name] for part in parts]).sum() for name in parts[0]])
+        return dict(zip(parts[0], self.exchange.summed(sums).tolist(), strict=True))
 
     def _parts(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
         """Tokens, their domains, targets and the weight of one token's loss, for each micro-batch."""
@@ -112,12 +122,12 @@ class Stepper:
             for facts in (batch.tokens, batch.domain.long(), batch.targets)
         ]
         for tokens, domain, targets in zip(*pieces, strict=True):
-            yield tokens, domain, targets, 1 / batch.targets.numel()
+            yield tokens, domain, targets, 1 / (batch.targets.numel() * self.exchange.processes)
 
     def _totals(self, batch: Batch) -> StepTotals | None:
         if self.log is None or self.statistics == "micro-batch" or self.accumulate == 1:
             return None
-        return self.log.first_pass(partial(self._infer, *part[:2]) for part in self._parts(batch))
+        return self.exchange.first_pass(self.log, [partial(self._infer, *part[:2]) for part in self._parts(batch)])
 
     def _infer(self, tokens: Tensor, domain: Tensor) -> list[Tensor]:
         """Logits `[tokens, classes]` of each pass that the objective wants."""
@@ -128,35 +138,37 @@ class Stepper:
     def _backward(
         self, tokens: Tensor, domain: Tensor, targets: Tensor, weight: float, totals: StepTotals | None
     ) -> dict[str, Tensor]:
-        share = tokens.numel() * weight
+        mine = tokens.numel() * weight
+        share = mine * self.exchange.processes
         with nullcontext() if self.log is None else self.log.recording():
             logits = self._infer(tokens, domain)
         if self.log is None:
             auxiliary, named, decisions = logits[0].new_zeros(()), dict[str, Tensor](), list[Decision]()
         else:
-            auxiliary, named = self.log.auxiliary_loss(totals), self.log.losses(totals)
+            counted = totals or self.exchange.totals(self.log)
+            auxiliary, named = self.log.auxiliary_loss(counted), self.log.losses(counted)
             auxiliary = auxiliary * share if totals is None else auxiliary
             decisions = list(chain(*self.log.decisions.values()))
         measured_loss, learned = self.objective(logits, targets.flatten(), decisions)
         (learned * weight + auxiliary).backward()
         measured = {"loss": measured_loss * weight, "auxiliary_loss": auxiliary.detach().float()}
-        return measured | {name: value * share for name, value in named.items()}
+        return measured | {name: value * mine for name, value in named.items()}
 
     def _gradient_norm(self) -> Tensor:
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = self.exchange.norm(self.model)
         if self.clip:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip, norm)
         return norm
 
     def _failure(self, batch: Batch, step: int, what: str) -> NonFiniteLoss:
         """The error that names the first bad number, found by running the batch once more."""
-        before = bad_weight(self.model) or bad_state(self.model, self.optimiser)
+        earliest = self.exchange.earliest
         seen = bad_gradient(self.model)
-        culprit = before or self._again(batch) or seen
+        before = earliest(bad_weight(self.model) or bad_state(self.model, self.optimiser))
+        culprit = before or self._again(batch) or earliest(seen)
         where = str(culprit) if culprit else "nothing when run again: a fault that passed"
         kind, name = (culprit.kind, culprit.name) if culprit else ("", "")
-        self.optimiser.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         if self.log is not None:
             self.log.discard()
         return NonFiniteLoss(f"{what} at step {step} (first in {where}); {_ADVICE}", step, kind, name)
@@ -175,16 +187,16 @@ class Stepper:
                 buffer.copy_(kept)
 
     def _watched(self, batch: Batch) -> Culprit | None:
-        self.optimiser.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         for part in self._parts(batch):
             with Watch(self.model) as watch:
                 measured = self._backward(*part, None)
-            if watch.forward is not None:
-                return watch.forward
-            if self.log is not None and not measured["auxiliary_loss"].isfinite():
-                return bad_loss(self.log.values_by_layer())
-            if watch.backward is not None:
-                return watch.backward
+            found = watch.forward
+            if found is None and self.log is not None and not measured["auxiliary_loss"].isfinite():
+                found = bad_loss(self.log.values_by_layer())
+            first = self.exchange.earliest(found or watch.backward)
+            if first is not None:
+                return first
         return None
 
     @torch.no_grad()

@@ -8,19 +8,20 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 
 from moestro.balance import RoutingLog
-from moestro.data import Batch, Corpus
+from moestro.data import Batch, Corpus, Share
 from moestro.inference import Evaluation, evaluate
-from moestro.inspect import routing_record
 from moestro.layers import MoE
 from moestro.models import DecoderLM, save_model
+from moestro.parallel import Mesh
 from moestro.train.build import training_batches, validation_batches
 from moestro.train.checkpoints import Checkpoints
 from moestro.train.errors import NonFiniteLoss, Stopped
@@ -29,6 +30,7 @@ from moestro.train.goodput import Goodput
 from moestro.train.interrupt import Interrupt, StopRequested
 from moestro.train.machine import Machine, versions
 from moestro.train.optimiser import build_optimiser, set_learning_rate
+from moestro.train.part import take_part
 from moestro.train.progress import Progress
 from moestro.train.recipe import Recipe, TrainSection
 from moestro.train.repro import FailedStep, with_random_state, write_repro
@@ -36,8 +38,10 @@ from moestro.train.schedule import schedule
 from moestro.train.spikes import spike
 from moestro.train.state import Checkpoint, capture, restore
 from moestro.train.step import Stepper, StepResult
+from moestro.train.team import ALONE, Team
 from moestro.train.witness import Witness
 
+ONE_PROCESS = "one process"
 MOST_BAD_STEPS = 10  # in a hundred; more are no accident
 
 
@@ -50,6 +54,13 @@ class Surroundings:
     corpus: Corpus
     progress: Progress
     interrupt: Interrupt
+    team: Team = ALONE
+    mesh: Mesh | None = None
+
+    @property
+    def mesh_words(self) -> str:
+        """How the processes are arranged."""
+        return ONE_PROCESS if self.mesh is None else self.mesh.shape.words
 
     @property
     def fingerprint(self) -> dict[str, str]:
@@ -58,8 +69,9 @@ class Surroundings:
             "corpus": self.corpus.fingerprint,
             "torch": torch.__version__,
             "threads": str(self.machine.threads),
-            "device": str(self.machine.device),
+            "device": self.machine.device.type if self.team.size > 1 else str(self.machine.device),
             "precision": self.machine.precision_name,
+            "mesh": self.mesh_words,
         }
 
 
@@ -76,7 +88,9 @@ class Training:
     def __init__(self, name: str, model: DecoderLM, folder: Path, around: Surroundings):
         self.name, self.folder, self.around = name, folder, around
         self.settings = around.recipe.train
-        self.model = model.to(around.machine.device)
+        self.counts = model.parameter_counts()
+        self.part = take_part(model.to(around.machine.device), around.team, around.mesh, around.recipe.parallel)
+        self.model = model
         sparse = any(isinstance(module, MoE) for module in model.modules())
         self.log = RoutingLog(model, self.settings.layers) if sparse else None
         self.optimiser = build_optimiser(
@@ -84,8 +98,12 @@ class Training:
             learning_rate=self.settings.learning_rate,
             weight_decay=self.settings.weight_decay,
             betas=(self.settings.beta1, self.settings.beta2),
+            kept=self.part.keeps,
         )
-        self.batches = training_batches(around.corpus, around.recipe)
+        self.share = Share(around.team.rank, around.team.size)
+        self.batches = training_batches(
+            around.corpus, around.recipe, replace(self.share, accumulate=self.settings.accumulate)
+        )
         self.step, self.seconds, self._started = 0, 0.0, time.monotonic()
         self.goodput, self._saved_step = Goodput(), 0
         self._left_out: set[int] = set()  # steps whose batch met a bad number
@@ -100,7 +118,8 @@ class Training:
 
         Raises Stopped, after saving `checkpoint/`, when a signal asked for it.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        team = self.around.team
+        team.by_first(lambda: self.folder.mkdir(parents=True, exist_ok=True))
         self._begin()
         progress, steps = self.around.progress, self.settings.steps
         progress.begin(self.name, self.step, steps, self.settings.log_every)
@@ -113,10 +132,11 @@ class Training:
 
     def _begin(self) -> None:
         seed_everything(self.around.recipe.seed)
-        checkpoint, say = self.checkpoints.latest(self.around.progress.say), self.around.progress.say
+        say, team = self.around.progress.say, self.around.team
+        checkpoint = self.checkpoints.latest(say, team)
         if checkpoint is not None:
-            self._compare(checkpoint)
-            restore(checkpoint, self.model, self.optimiser)
+            team.together(lambda: self._compare(checkpoint))
+            team.together(lambda: restore(checkpoint, self.model, self.optimiser, self.part))
             self.step, self.seconds, self._saved_step = checkpoint.step, checkpoint.seconds, checkpoint.step
             self.goodput = Goodput(checkpoint.spent)
             say(f"{self.name}: resumed after step {self.step}")
@@ -130,7 +150,7 @@ class Training:
         if before.get("corpus") != now["corpus"]:
             raise ValueError("the text has changed since this run was stopped; restore it, or start a new run")
         for name in sorted(now.keys() - {"corpus"}):
-            if before.get(name) != now[name]:
+            if before.get(name, ONE_PROCESS if name == "mesh" else None) != now[name]:
                 self.around.progress.say(
                     f"{name} was {before.get(name)} and is {now[name]}: the run will not repeat bit for bit"
                 )
@@ -173,6 +193,7 @@ class Training:
             clip=self.settings.clip,
             compiled=compile_around_experts(self.model) if self.settings.compile else None,
             statistics=self.settings.statistics,
+            exchange=self.part.exchange,
             check_every=self.settings.check_every,
         )
 
@@ -181,6 +202,8 @@ class Training:
         set_learning_rate(self.optimiser, learning_rate)
         with self.goodput.spent("data"):
             batch = self.batches.at(self.step)
+        if self.share.index:  # the first process draws on, the others begin anew: a checkpoint keeps one state
+            seed_everything(stream(self.around.recipe.seed, self.step, self.share.index))
         if self.step + 1 in self._left_out:
             self.step += 1
             return
@@ -188,21 +211,22 @@ class Training:
             with self.goodput.spent("productive"):
                 result = stepper(batch, self.step + 1)
         except NonFiniteLoss as error:
-            self._after_bad_number(error, batch, learning_rate, stepper.random_state)
+            self._after_bad_number(error, learning_rate, stepper.random_state)
             return
         self.step += 1
-        speed = batch.tokens.numel() / (time.perf_counter() - started)
+        speed = self._tokens_per_step / (time.perf_counter() - started)
         self._record(result, learning_rate, speed)
 
-    def _after_bad_number(self, error: NonFiniteLoss, batch: Batch, learning_rate: float, state: Any) -> None:
+    def _after_bad_number(self, error: NonFiniteLoss, learning_rate: float, state: Any) -> None:
         """Keep the step for `moestro replay`, then do what the recipe says: halt, skip or rollback."""
         policy, say = self.settings.on_non_finite, self.around.progress.say
         folder = self.folder / "repro"
         recently = [r for r in self.events.records if r["event"] == "non-finite" and r["step"] > self.step - 100]
-        if self.metrics.records:  # a run that fails at once leaves nothing behind
-            write_repro(folder, self._failed(error, batch, learning_rate, state))
+        kept_step = bool(self.metrics.records)  # a run that fails at once leaves nothing behind
+        if kept_step:
+            write_repro(folder, self._failed(error, learning_rate, state), self.around.team)
         if policy == "halt":
-            kept = f"; the step is kept: moestro replay {folder}" if folder.is_dir() else ""
+            kept = f"; the step is kept: moestro replay {folder}" if kept_step else ""
             raise NonFiniteLoss(f"{error}{kept}", error.step, error.kind, error.name) from None
         if len(recently) >= MOST_BAD_STEPS:
             text = f"{error}; that is one of {len(recently) + 1} in 100 steps, which {policy} does not mend"
@@ -217,7 +241,7 @@ class Training:
 
     def _go_back(self, error: NonFiniteLoss) -> None:
         """Take the state of the newest whole checkpoint, and forget what was recorded since."""
-        checkpoint = self.checkpoints.latest(self.around.progress.say)
+        checkpoint = self.checkpoints.latest(self.around.progress.say, self.around.team)
         if checkpoint is None:
             raise NonFiniteLoss(
                 f"{error}; there is no checkpoint to go back to: lower train.checkpoint_every",
@@ -227,23 +251,26 @@ class Training:
             ) from None
         lost = [record for record in self.metrics.records if record["step"] > checkpoint.step]
         self.goodput.lose(sum(self._tokens_per_step / record["tokens_per_second"] for record in lost))
-        restore(checkpoint, self.model, self.optimiser)
+        restore(checkpoint, self.model, self.optimiser, self.part)
         self.step = self._saved_step = checkpoint.step
         for file in (self.metrics, self.evaluations, *([self.routing] if self.log else [])):
             file.rewind(self.step)
         self.around.progress.say(f"{self.name}: back to step {self.step}")
 
-    def _failed(self, error: NonFiniteLoss, batch: Batch, learning_rate: float, state: Any) -> FailedStep:
+    def _failed(self, error: NonFiniteLoss, learning_rate: float, state: Any) -> FailedStep:
+        """The step as one process would do it: the whole batch, and what each process knows of the state."""
         around = self.around
-        captured = capture(self.model, self.optimiser, self.step, self._elapsed(), around.fingerprint)
+        captured = capture(
+            self.model, self.optimiser, self.step, self._elapsed(), around.fingerprint, part=self.part
+        )
         return FailedStep(
             recipe=around.recipe,
             vocab_size=around.corpus.tokenizer.vocab_size,
             num_domains=len(around.corpus.domains),
             dense=self.log is None,
             learning_rate=learning_rate,
-            state=with_random_state(captured, state),
-            batch=batch,
+            state=with_random_state(captured, state) if around.team.first else captured,
+            batch=training_batches(around.corpus, around.recipe).at(self.step),
             error=error,
         )
 
@@ -265,7 +292,7 @@ class Training:
             self.events.append({"step": self.step, "event": "loss spike", "deviations": height})
         self.metrics.append(record)
         if self.log is not None and (self.step % self.settings.log_every == 0 or self.step == self.settings.steps):
-            routing = routing_record(self.step, self.log.decisions)
+            routing = self.part.routing_record(self.step, self.log)
             for layer in routing["layers"]:
                 layer["router_grad_norm"] = self._router_gradient(layer["name"], result.grad_norm)
             self.routing.append(routing)
@@ -296,8 +323,15 @@ class Training:
     def _measure(self, count: int, witness: Witness | None) -> Evaluation:
         around, parts = self.around, self.settings.accumulate
         size, length = self.settings.batch_size // parts, around.recipe.data.sequence_length
-        batches = validation_batches(around.corpus.validation, size, length, count * parts)
-        measured = evaluate(self.model, self._watched(batches, witness), precision=around.machine.precision)
+        batches = validation_batches(around.corpus.validation, size, length, count * parts, self.share)
+        measured = evaluate(
+            self.model,
+            self._watched(batches, witness),
+            precision=around.machine.precision,
+            together=around.team.summed,
+        )
+        if witness is not None:
+            witness.add_up(around.team.summed)
         if not math.isfinite(measured.loss):
             raise NonFiniteLoss(f"the validation loss is {measured.loss} after step {self.step}", self.step)
         record = {"step": self.step, "validation_loss": measured.loss, "bits_per_byte": measured.bits_per_byte}
@@ -317,7 +351,11 @@ class Training:
 
     def _finish(self, evaluation: Evaluation, witness: Witness | None) -> dict[str, Any]:
         """Write the model and its result; result.json, last, says that this model is done."""
-        saved = save_model(self.model, self.folder / "model", self.around.corpus.tokenizer)
+        whole = self.part.whole(self.model)
+        return self.around.team.by_first(lambda: self._write(whole, evaluation, witness))
+
+    def _write(self, whole: DecoderLM, evaluation: Evaluation, witness: Witness | None) -> dict[str, Any]:
+        saved = save_model(whole, self.folder / "model", self.around.corpus.tokenizer)
         described: dict[str, Any] = {"layout": saved.layout}
         if witness is not None:
             specialisation, routing = witness.result()
@@ -329,7 +367,7 @@ class Training:
         return result
 
     def _facts(self, evaluation: Evaluation) -> dict[str, Any]:
-        around, counts = self.around, self.model.parameter_counts()
+        around, counts = self.around, self.counts
         recipe = around.recipe
         return {
             "name": self.name,
@@ -348,6 +386,7 @@ class Training:
             "device": str(around.machine.device),
             "precision": around.machine.precision_name,
             "threads": around.machine.threads,
+            "mesh": around.mesh_words,
             "corpus": around.corpus.fingerprint,
             "versions": versions(),
             "goodput": self.goodput.summary(self._elapsed() + self.goodput.seconds["lost"]),
@@ -375,8 +414,9 @@ class Training:
                 self.around.fingerprint,
                 spent=self.goodput.seconds,
                 bits_per_byte=best[-1] if best else None,
+                part=self.part,
             )
-            self.checkpoints.save(state)
+            self.checkpoints.save(state, self.around.team)
             self._saved_step = self.step
 
     def _elapsed(self) -> float:
@@ -388,7 +428,8 @@ class Training:
         names = ["metrics", "evaluations", "events", *(["routing"] if self.log else [])]
         with ExitStack() as stack:
             for name in names:
-                setattr(self, name, stack.enter_context(JsonLines(self.folder / f"{name}.jsonl", self.step)))
+                file = JsonLines(self.folder / f"{name}.jsonl", self.step, writes=self.around.team.first)
+                setattr(self, name, stack.enter_context(file))
             yield
 
 
@@ -403,6 +444,11 @@ def compile_around_experts(model: DecoderLM) -> Any:
         if isinstance(module, MoE):
             module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
     return torch.compile(model)
+
+
+def stream(seed: int, step: int, process: int) -> int:
+    """The seed of what a process draws in a step."""
+    return xxhash.xxh3_64_intdigest(f"{seed}/{step}/{process}".encode()) >> 1
 
 
 def seed_everything(seed: int) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from torch import Tensor
 
 from moestro.balance import RoutingLog
 from moestro.data import Batch, Corpus
@@ -33,6 +35,14 @@ class Witness:
         for name, decisions in self.log.decisions.items():
             for decision in decisions:
                 self._tallies[name].add(decision)
+
+    def add_up(self, summed: Callable[[Tensor], Tensor]) -> None:
+        """Count what other processes watched, too; `summed` adds numbers up over all of them."""
+        for counts in (self._likes.domain_counts, self._likes.token_counts):
+            for name in self.log.layers:
+                counts[name] = summed(counts[name])
+        packed = {name: summed(tally.packed()) for name, tally in self._tallies.items()}
+        self._tallies = {name: LayerTally.unpacked(numbers) for name, numbers in packed.items()}
 
     def result(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """The content of specialisation.json, and what result.json says of it.

@@ -1,0 +1,154 @@
+"""A tiny language model trained for a few steps by processes arranged in many ways, started once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import torch
+import torch.multiprocessing as mp
+
+import moestro
+from moestro.balance import RoutingLog
+from moestro.data import Batch, Share
+from moestro.parallel import Mesh
+from moestro.train.build import mesh_shape
+from moestro.train.checkpoint_files import read_checkpoint, write_checkpoint
+from moestro.train.fragments import Pieces
+from moestro.train.machine import choose_machine
+from moestro.train.optimiser import build_optimiser
+from moestro.train.part import Part, take_part
+from moestro.train.recipe import ParallelSection
+from moestro.train.state import Checkpoint, capture, restore
+from moestro.train.step import Stepper
+from moestro.train.team import ALONE, Team, joined_by_file
+
+EXPERTS, LENGTH = 4, 8
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """So many processes in a mesh."""
+
+    processes: int = 1
+    mesh: str = "auto"
+    shard_optimiser: bool = False
+    transport: str = "linear"
+
+    @property
+    def name(self) -> str:
+        return f"{self.processes} {self.mesh}{' sharded' * self.shard_optimiser} {self.transport}"
+
+
+@dataclass
+class Run:
+    """A model with all that trains it, as one process has it."""
+
+    team: Team
+    model: torch.nn.Module
+    optimiser: torch.optim.Optimizer
+    part: Part
+    stepper: Stepper
+
+    def step(self, step: int) -> list[float]:
+        batch = shared(whole_batch(step), Share(self.team.rank, self.team.size, self.stepper.accumulate))
+        result = self.stepper(batch, step)
+        return [result.loss, result.grad_norm, result.auxiliary_loss, *result.named.values()]
+
+    def capture(self, step: int) -> Checkpoint:
+        return capture(self.model, self.optimiser, step, 0.0, part=self.part)
+
+
+def whole_batch(step: int, rows: int = 8) -> Batch:
+    tokens = torch.randint(16, (rows, LENGTH + 1), generator=torch.Generator().manual_seed(step))
+    domain = torch.zeros(rows, LENGTH, dtype=torch.uint8)
+    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), domain, rows * LENGTH)
+
+
+def shared(batch: Batch, share: Share) -> Batch:
+    pick = torch.from_numpy(share.of(torch.arange(len(batch.tokens)).numpy()))
+    return Batch(batch.tokens[pick], batch.targets[pick], batch.domain[pick], batch.num_bytes)
+
+
+def fresh(team: Team, arrangement: Arrangement, method: str, accumulate: int = 1, statistics="micro-batch") -> Run:
+    model = moestro.build_language_model(
+        vocab_size=16,
+        width=8,
+        num_layers=2,
+        num_heads=2,
+        method=method,
+        options={"top_k": 2},
+        num_experts=EXPERTS,
+        expert_hidden=8,
+        seed=0,
+    )
+    mesh = None if team.size == 1 else Mesh(mesh_shape(arrangement.mesh, team.size, EXPERTS))
+    settings = ParallelSection(shard_optimiser=arrangement.shard_optimiser, transport=arrangement.transport)
+    part = take_part(model, team, mesh, settings)
+    optimiser = build_optimiser(model, learning_rate=0.01, weight_decay=0.1, betas=(0.9, 0.95), kept=part.keeps)
+    machine, log = choose_machine("cpu", "float32", 1), RoutingLog(model)
+    settings = {"accumulate": accumulate, "statistics": statistics, "exchange": part.exchange}
+    return Run(team, model, optimiser, part, Stepper(model, optimiser, machine, log, **settings))
+
+
+@contextmanager
+def team_of(arrangement: Arrangement, rank: int, meeting_place: Path) -> Iterator[Team]:
+    if arrangement.processes == 1:
+        yield ALONE
+    else:
+        with joined_by_file(meeting_place, rank, arrangement.processes, 60) as team:
+            yield team
+
+
+def reshard(rank: int, folder: str, arrangements: list[Arrangement], method: str) -> None:
+    """Save from each arrangement after two steps, load in each, and compare; what was found goes to a file."""
+    torch.set_num_threads(1)
+    place = Path(folder)
+    for number, source in enumerate(arrangements):
+        if rank < source.processes:
+            with team_of(source, rank, place / f"save{number}") as team:
+                run = fresh(team, source, method)
+                first = [run.step(1), run.step(2)]
+                write_checkpoint(place / f"step-{number}", run.capture(2), team)
+                third = run.step(3)
+                if rank == 0:
+                    (place / f"save{number}.json").write_text(json.dumps([*first, third]))
+        _all_here(place / f"saved{number}", rank)
+    for (to, target), (number, _) in product(enumerate(arrangements), enumerate(arrangements)):
+        if rank < target.processes:
+            with team_of(target, rank, place / f"load{number}to{to}") as team:
+                run = fresh(team, target, method)
+                saved = read_checkpoint(place / f"step-{number}", team)
+                team.together(lambda run=run, saved=saved: restore(saved, run.model, run.optimiser, run.part))
+                same = team.gather(_same(run, saved))
+                third = run.step(3)
+                if rank == 0:
+                    (place / f"load{number}to{to}.json").write_text(json.dumps({"same": same, "third": third}))
+
+
+def _same(run: Run, saved: Checkpoint) -> list[int]:
+    """How many of the pieces that this process would write are bit for bit those saved, and how many not."""
+    pieces, outcome = Pieces(saved.tensors), [0, 0]
+    for name, tensor in run.capture(2).tensors.items():
+        base, _, row = name.partition("[")
+        expected = pieces.read(base, int(row.partition("]")[0]) if row else None)
+        cut = None if "{" not in row else row.partition("{")[2]
+        if cut is not None:
+            part, parts, dim = (int(each) for each in cut.rstrip("}").replace("of", "@").split("@"))
+            expected = expected.chunk(parts, dim)[part]
+        outcome[0 if torch.equal(tensor.detach(), expected) else 1] += 1
+    return outcome
+
+
+def _all_here(place: Path, rank: int, processes: int = 4) -> None:
+    """Wait until every process has come; those outside a team have no other way to agree."""
+    with joined_by_file(place, rank, processes, 120) as team:
+        team.gather(rank)
+
+
+def run_all(folder: Path, arrangements: list[Arrangement], method: str) -> None:
+    mp.spawn(reshard, args=(str(folder), arrangements, method), nprocs=4)
