@@ -57,6 +57,7 @@ def _rank(rank: int, job: dict[str, Any], folder: str, function: Any, argument: 
 
 def _main(job: dict[str, Any]) -> int:
     import torch
+    import torch._dynamo  # or every rank imports it for itself
 
     torch.set_num_threads(1)
     module, name = job["work"].split(":")
