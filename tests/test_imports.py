@@ -24,11 +24,11 @@ ALLOWED: dict[str, set[str]] = {
 ALLOWED["models"] = ALLOWED["methods"] | {"methods"}
 ALLOWED["export"] = {"routing", "routers", "experts", "layers", "models"}
 ALLOWED["hf"] = ALLOWED["models"] | {"models", "data", "kernels"}
-ALLOWED["inspect"] = ALLOWED["methods"] | {"methods"}
+ALLOWED["inspect"] = ALLOWED["methods"] | {"methods", "parallel"}
 ALLOWED["inference"] = ALLOWED["models"] | {"models", "inspect", "data"}
 ALLOWED["train"] = ALLOWED["inference"] | {"inference", "parallel"}
 ALLOWED["study"] = ALLOWED["train"] | {"train"}
-ALLOWED["cli"] = ALLOWED["study"] | {"study", "hf"}
+ALLOWED["cli"] = ALLOWED["study"] | {"study", "hf", "parallel"}
 
 
 def imports_of(file: Path) -> set[str]:

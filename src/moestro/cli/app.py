@@ -27,6 +27,7 @@ COMMANDS = (
     ("report", "report", "Write the page that shows what the experts of a run did."),
     ("inspect", "inspect", "Run a model over a text and show what its experts do."),
     ("diff", "diff", "Say what changed between two models, or two traces."),
+    ("placement", "placement", "Say what placing a run's experts by their load would gain."),
     ("doctor", "doctor", "Say which known defects training a transformers model would meet."),
     ("methods", "methods", "List the routing methods and the papers they follow."),
     ("losses", "losses", "List what keeps experts busy: losses, controllers, capacities."),

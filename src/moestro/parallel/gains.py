@@ -24,6 +24,8 @@ class Gain:
         hindsight: the same when it decides from these steps themselves: what a perfect predictor would give.
         speedup: largest load of a rank with experts in order over that with the policy; how much faster the experts
             of the layer get where ranks wait for the busiest.
+        busiest: largest load of a rank, as a share of all, averaged over those steps.
+        load_per_rank: share of each rank, likewise.
         moved: experts that a rank must fetch, compared with experts in order.
     """
 
@@ -32,6 +34,8 @@ class Gain:
     balancedness: float
     hindsight: float
     speedup: float
+    busiest: float
+    load_per_rank: tuple[float, ...]
     moved: int
 
 
@@ -79,6 +83,8 @@ def policy_gains(
                 _balancedness(placement, later),
                 _balancedness(best, later),
                 float(base / _busiest(placement, later).mean()),
+                float(_busiest(placement, later).mean()),
+                tuple(placement.load_per_rank(later.mean(0).tolist())),
                 _moved(in_order, placement),
             )
         )
