@@ -74,8 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: the words after `moestro`; default: those of this process.
     """
+    # Threads that wait sleep: beside a busy neighbour two spinning ones were 6 times slower (docs/log.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported, later than here
     words = list(sys.argv[1:] if arguments is None else arguments)
-    _let_threads_wait("generate" in words[:1])
     debug = "--debug" in words or os.environ.get("MOESTRO_DEBUG", "") not in ("", "0")
     words = [word for word in words if word != "--debug"]
     try:
@@ -93,14 +94,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {describe_error(error)}", file=sys.stderr)
         return exit_code(error)
-
-
-def _let_threads_wait(often: bool) -> None:
-    """Say how long threads that wait stay awake, before torch is imported, unless the user has said it.
-
-    Beside busy neighbours they should sleep at once; alone, waking them takes longer than the work between two
-    waits. A short spin costs little of either (docs/inference.md has the figures); decoding waits most often.
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-        os.environ.setdefault("GOMP_SPINCOUNT", "5000" if often else "1000")
