@@ -30,6 +30,7 @@ from typing import Any
 import torch
 
 Step = Callable[[], Any]
+PLACES = ("--json", "--folder")
 
 
 def parse(description: str | None, *, repeat: int = 9, **options: Any) -> argparse.Namespace:
@@ -138,17 +139,18 @@ class Report:
             "machine": machine(),
             "threads": self.arguments.threads,
             "repeat": self.repeat,
-            "command": " ".join(["python", f"benchmarks/{self.name}.py", *_without_json(sys.argv[1:])]),
+            "command": " ".join(["python", f"benchmarks/{self.name}.py", *_portable(sys.argv[1:])]),
             "rows": self.rows,
         }
         self.arguments.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
-def _without_json(words: list[str]) -> list[str]:
-    kept = [word for word in words if not word.startswith("--json=")]
-    if "--json" in kept:
-        place = kept.index("--json")
-        del kept[place : place + 2]
+def _portable(words: list[str]) -> list[str]:
+    """The arguments without those that name places of this machine."""
+    kept = []
+    for word, before in zip(words, ["", *words[:-1]], strict=True):
+        if word.split("=")[0] not in PLACES and before not in PLACES:
+            kept.append(word)
     return kept
 
 

@@ -2,9 +2,9 @@
 
 The model has 12 layers of width 1024 with 64 experts of 512, 8 per token, and 8192 token ids, of random weights.
 
-1. `decode`: one token through one bank of experts. `of_dense` is the bandwidth at which the chosen experts are
-   read, as a share of what one dense matrix-vector product of the same bytes reaches, in turn with it; every
-   round takes other experts of another layer, so that no cache holds them.
+1. `decode`: one token through the experts that it chose of a bank. `of_dense` is the bandwidth at which they are
+   read, as a share of what one dense matrix-vector product of the same bytes reaches by the same library, in turn
+   with it; every round takes other experts of another layer, so that no cache holds them.
 2. `generate`: prefill of a prompt and greedy decoding, each contender in a process of its own, in turns, in 16, 8
    and 4 bits; transformers only in bfloat16.
 
@@ -30,8 +30,9 @@ import torch.nn.functional as F
 from contenders import EXPERTS, HIDDEN, TOP_K, WIDTH
 from harness import Report, interleaved, parse, peer
 
-from moestro.experts import GLU, Experts, quantise, quantise_linear
-from moestro.routing import SparseRouting
+from moestro.experts import GLU, Experts, quantise, quantise_linear, run_chosen
+from moestro.inference import lay_out_for_decoding
+from moestro.inference.single_row import as_map
 
 COPIES = 6  # banks in turn: together far larger than any cache
 
@@ -44,10 +45,15 @@ def decode(report: Report, bits: int) -> None:
         if bits < 16:
             bank, linear = quantise(bank, bits)[0], quantise_linear(linear, bits)[0]
         experts, dense = ([deepcopy(module) for _ in range(COPIES)] for module in (bank, linear))
-    x = torch.randn(1, WIDTH).bfloat16()
-    routings = cycle([one_token() for _ in range(31)])
-    turn, other = cycle(experts), cycle(dense)
-    steps = {"experts": lambda: next(turn).run(x, next(routings)), "dense": lambda: next(other)(x)}
+    for module in dense:
+        lay_out_for_decoding(module)
+    maps = cycle([as_map(module, torch.bfloat16) for module in dense])
+    row, weight, turn = torch.randn(1, WIDTH).bfloat16(), torch.rand(1, TOP_K), cycle(experts)
+    chosen = cycle([torch.rand(EXPERTS).topk(TOP_K).indices.tolist() for _ in range(31)])
+    steps = {
+        "experts": lambda: run_chosen(next(turn), row, next(chosen), weight),
+        "dense": lambda: next(maps)(row),
+    }
     with torch.inference_mode():
         seconds = interleaved(steps, 40 * report.repeat, warm_up=10)
     num_bytes = 3 * WIDTH * HIDDEN * TOP_K * bits / 8
@@ -58,10 +64,6 @@ def decode(report: Report, bits: int) -> None:
         experts_GB_s=num_bytes / seconds["experts"] / 1e9,
         of_dense=seconds["dense"] / seconds["experts"],
     )
-
-
-def one_token() -> SparseRouting:
-    return SparseRouting.from_choice(torch.rand(1, EXPERTS).topk(TOP_K).indices, torch.rand(1, TOP_K), EXPERTS)
 
 
 class Contender:
