@@ -29,7 +29,7 @@ def rows(model, count=8):
     return [{name: value[row] for name, value in batch.items()} for row in range(count)]
 
 
-def trained(tmp_path, model, per_step, accumulation, dtype=torch.float64, **settings):
+def trained(tmp_path, model, per_step, accumulation, dtype=torch.float64, kind=Trainer, **settings):
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path),
         per_device_train_batch_size=per_step,
@@ -44,7 +44,7 @@ def trained(tmp_path, model, per_step, accumulation, dtype=torch.float64, **sett
         disable_tqdm=True,
         train_sampling_strategy="sequential",
     )
-    trainer = Trainer(model.to(dtype), arguments, train_dataset=rows(model), **settings)
+    trainer = kind(model.to(dtype), arguments, train_dataset=rows(model), **settings)
     trainer.train()
     return trainer
 
@@ -75,6 +75,26 @@ def test_the_loss_added_is_coefficient_times_the_mean_over_layers(tmp_path):
             assert_close(trainer.gradients[name], parameter.grad)
     logged = next(each for each in trainer.state.log_history if "balance_loss" in each)
     assert logged["balance_loss"] == pytest.approx(float(log.losses()["balance"]))
+
+
+class LooksTwice(transformers.Trainer):
+    """Runs the model once more for its statistics, as TRL's SFTTrainer does."""
+
+    def compute_loss(self, model, inputs, **settings):
+        answer = super().compute_loss(model, inputs, **settings)
+        with torch.no_grad():
+            model(**inputs)
+        return answer
+
+
+def test_a_look_without_gradient_does_not_count(tmp_path):
+    expected = trained(tmp_path, tiny_model("deepseek_v3"), 2, 4, balance=5.0, bias_rate=0.01)
+    kind = type("Twice", (Trainer, LooksTwice), {})
+    found = trained(tmp_path, tiny_model("deepseek_v3"), 2, 4, kind=kind, balance=5.0, bias_rate=0.01)
+    for name, gradient in expected.gradients.items():
+        assert_close(found.gradients[name], gradient)
+    biases = [[layer.bias for layer in moestro.hf.find_layers(each.model).values()] for each in (expected, found)]
+    assert all(torch.equal(a, b) for a, b in zip(*biases, strict=True))
 
 
 def test_the_bias_moves_once_per_optimiser_step(tmp_path):

@@ -29,6 +29,7 @@ class Heard:
         tokens: of the call.
         bias: copy of the selection bias at that time, or None.
         training: whether the router was in training mode.
+        gradient: whether the model was called with gradient.
     """
 
     layer: FoundLayer
@@ -36,6 +37,7 @@ class Heard:
     tokens: CallTokens
     bias: Tensor | None
     training: bool
+    gradient: bool = True
 
     def reading(self) -> Reading:
         """Logits, weights and choices; choices in order of preference."""

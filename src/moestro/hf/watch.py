@@ -103,6 +103,8 @@ class TransformersLog:
     def recording(self, valid: Tensor | None = None) -> Iterator[TransformersLog]:
         """Record what routers decide inside the block; forgets the recording before.
 
+        Calls without gradient beside calls with one, as some trainers make for their statistics, are left out.
+
         Args:
             valid: tokens that are not padding, `[batch, length]`, instead of what the attention mask says.
         """
@@ -114,6 +116,7 @@ class TransformersLog:
             yield self
         finally:
             self._open, self._reader.override = False, None
+            self._heard = {name: _of_the_loss(heard) for name, heard in self._heard.items()}
             self._measure()
 
     @contextmanager
@@ -269,7 +272,7 @@ class TransformersLog:
         if recomputing() or not (self._open or self._writer):
             return
         bias = None if layer.bias is None else layer.bias.detach().flatten().clone()
-        heard = Heard(layer, output, self._reader.of_layer(layer.name), bias, training)
+        heard = Heard(layer, output, self._reader.of_layer(layer.name), bias, training, self._reader.gradient)
         if self._writer is not None:
             self._writer.add(heard)
         if self._open:
@@ -304,6 +307,11 @@ class TransformersLog:
                 "not train them: reentrant activation checkpointing does that; use "
                 "gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
+
+
+def _of_the_loss(heard: list[Heard]) -> list[Heard]:
+    """The calls that a loss can be made of; all of them where none has a gradient."""
+    return [each for each in heard if each.gradient] or heard
 
 
 @dataclass(frozen=True, eq=False)
