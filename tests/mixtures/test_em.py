@@ -148,7 +148,8 @@ def test_softmax_gate_gaussian_b_poisson_experts_and_a_bend_are_recovered(truth)
 @pytest.mark.nightly
 @pytest.mark.parametrize("truth", [linear_is_recovered, counts_are_recovered, bend_is_recovered])
 def test_planted_truths_are_recovered_in_95_of_100_seeds(truth):
-    assert sum(truth(seed) for seed in range(100)) >= 95
+    missed = [seed for seed in range(100) if not truth(seed)]
+    assert len(missed) <= 5, missed
 
 
 def test_logistic_experts_solve_xor():

@@ -42,9 +42,11 @@ def test_planted_noise_of_a_family_is_recovered(kind):
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("kind", list(SHAPES))
 def test_planted_noise_of_a_family_is_recovered_in_95_of_100_seeds(kind):
-    assert sum(split_is_recovered(kind, seed) for seed in range(100)) >= 95
+    missed = [seed for seed in range(100) if not split_is_recovered(kind, seed)]
+    assert len(missed) <= 5, missed
 
 
 @pytest.mark.nightly
 def test_xor_is_solved_in_95_of_100_seeds():
-    assert sum(xor_is_solved(seed) for seed in range(100)) >= 95
+    missed = [seed for seed in range(100) if not xor_is_solved(seed)]
+    assert len(missed) <= 5, missed
