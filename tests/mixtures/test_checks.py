@@ -29,7 +29,7 @@ from moestro.mixtures.experts import (
 from moestro.mixtures.fitting.em import ALGORITHMS
 from moestro.mixtures.gates import GATES, ConstantGate
 from moestro.mixtures.gp import committee
-from moestro.mixtures.online import _update
+from moestro.mixtures.leaves import LinearLeaves
 from moestro.mixtures.theory import softmax_least_squares_rates, sparse_moe_bound, voronoi_loss
 
 
@@ -60,20 +60,20 @@ def test_hme_em_c_a_binary_tree_reaches_the_flat_gate_on_change_points():
 
 
 def test_hme_online_a_constant_share_is_repetition():
-    """`h = 1` in every leaf with λ = 1: two equal halves of a row's weight are the row."""
+    """With λ = 1 a row that a leaf holds with weight two is that row seen twice, and both are least squares."""
     rng = np.random.default_rng(0)
     rows, targets = np.column_stack([np.ones(40), rng.standard_normal(40)]), rng.standard_normal((40, 1))
 
-    def learn(order):
-        gate, coef, variance = [np.zeros((1, 0, 2))], np.zeros((1, 2, 1)), np.ones((1, 1))
-        spread = 10.0 * np.eye(2)[None]
+    def learn(order, share):
+        leaves = LinearLeaves(np.zeros((1, 2, 1)), prior=10.0, forgetting=1.0)
         for seen, row in enumerate(order):
-            _update(rows[row], targets[row], gate, coef, variance, spread, seen, 1.0)
-        return coef[0, :, 0]
+            leaves.learn(rows[row], targets[row], np.array([share]), seen)
+        return leaves.coef[0, :, 0]
 
-    twice = learn(np.repeat(np.arange(40), 2))
+    twice, heavy = learn(np.repeat(np.arange(40), 2), 1.0), learn(np.arange(40), 2.0)
     weighted = np.linalg.solve(2 * rows.T @ rows + np.eye(2) / 10, 2 * rows.T @ targets[:, 0])
     np.testing.assert_allclose(twice, weighted, atol=1e-10)
+    np.testing.assert_allclose(heavy, weighted, atol=1e-10)
 
 
 def test_linear_gaussian_fullcov_one_expert_is_multivariate_regression():
