@@ -16,7 +16,7 @@ ALLOWED: dict[str, set[str]] = {
     "routers": {"routing"},
     "experts": {"routing", "kernels", "parallel"},
     "layers": {"routing", "routers", "experts", "parallel"},
-    "balance": {"routing", "routers", "experts", "layers"},
+    "balance": {"routing", "routers", "experts", "layers", "parallel"},
     "methods": {"routing", "routers", "experts", "layers", "balance"},
     "data": set(),
     "mixtures": {"routing", "routers", "experts", "layers", "balance"},

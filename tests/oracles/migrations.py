@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import moestro
+from moestro.balance import RoutingLog
+from moestro.balance.rebalance import Rebalancer
 from moestro.experts import ModuleExperts
 from moestro.experts.migration import migrate
 from moestro.experts.parallel import ParallelExperts
@@ -151,6 +153,36 @@ def bring_steps(rank: int) -> list[float]:
             optimiser.step()
     migrate(bank, Placement((5, 1, 0, 3, 4, 2), EXPERTS, RANKS), optimiser)
     return [float(optimiser.state[expert[0].weight]["step"]) for expert in modules]
+
+
+def rebalance(rank: int) -> list[Any]:
+    """Two hot experts on one rank, decided twice: what moved, and the load per rank before and after."""
+    moe, mesh = layer(), Mesh(MeshShape(expert=RANKS))
+    moe.router.scorer.weight.data[:] = 0
+    moe.router.scorer.weight.data[:2] = 1.0  # where the sum of a row is positive, experts 0 and 1
+    spread(moe, mesh, placement=Placement((0, 1, 2, 3, 4, 5, 0, 5), EXPERTS, RANKS))
+    moe.router.scorer.weight.requires_grad_(False)
+    bank, optimiser, log = moe.experts, adam(moe.experts), RoutingLog(moe)
+    gradients, rebalancer = Gradients(moe, mesh), Rebalancer(moe, mesh, every=2, predictor="last")
+    first, fixed, answer = bank.placement, tokens(7, rank), []
+    for step in range(4):
+        optimiser.zero_grad()
+        with log.recording():
+            loss = loss_of(moe, step, rank)
+        rebalancer.observe(log)
+        loss.backward()
+        gradients.reduce()
+        optimiser.step()
+        before = moe(fixed)
+        answer.append({name: cost.moved for name, cost in rebalancer.step(optimiser).items()})
+        assert torch.equal(moe(fixed), before)
+    seen = rebalancer._loads[""][1]
+    return [
+        answer,
+        first.balancedness(seen),
+        bank.placement.balancedness(seen),
+        list(bank.placement.expert_of_slot),
+    ]
 
 
 def refuse(rank: int) -> list[str]:

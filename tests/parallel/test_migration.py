@@ -4,9 +4,10 @@ import random
 
 import pytest
 from oracles.entry import entry
-from oracles.migrations import HIDDEN, RANKS, WIDTH, random_placement
+from oracles.migrations import HIDDEN, RANKS, WIDTH, layer, random_placement
 from oracles.ranks import run_ranks
 
+from moestro.balance.rebalance import Rebalancer
 from moestro.parallel import Placement
 from moestro.parallel.moves import Move, plan_moves
 
@@ -27,6 +28,7 @@ CASES = (
     {"what": "pay"},
     {"what": "bring_steps"},
     {"what": "refuse"},
+    {"what": "rebalance"},
 )
 
 
@@ -63,6 +65,26 @@ def test_what_cannot_move_is_refused_on_all_ranks_before_anything_moves(answers)
         assert "hold experts in different states; take a step in which every expert gets a gradient" in words[0]
         assert "ranks were given different placements" in words[1]
         assert "the placements differ in slots_per_rank: 3 and 4" in words[2]
+
+
+@entry("smartmoe", "flexmoe")
+def test_experts_move_in_training_when_the_gain_is_worth_it(method, answers):
+    first, second = answers[7]
+    assert first == second  # all ranks decide alike
+    moved, before, after, held = first
+    assert moved[0] == moved[2] == {}
+    assert moved[1][""] > 0
+    assert after > max(0.9, before * 1.1)
+    assert sorted(set(held)) == list(range(6))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"policy": "best"}, "unknown policy 'best'"), ({"gain": 0.9}, "at least 1"), ({}, "call spread")],
+)
+def test_a_rebalancer_that_cannot_act_is_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        Rebalancer(layer(), None, **options)
 
 
 def test_moves_come_from_near_and_from_those_who_sent_least():
