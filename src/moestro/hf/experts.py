@@ -46,10 +46,9 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     rows = routing.dispatch(x)
     apply = StackedLinear(routing.offsets, "auto")
     up_bias, down_bias = _biases(self)
-    hidden = apply(rows, up if self.is_transposed else up.transpose(1, 2), up_bias)
+    hidden = apply(rows, _as_stacked(self, up), up_bias)
     hidden = self._apply_gate(hidden) if self.has_gate else self.act_fn(hidden)
-    down = self.down_proj if self.is_transposed else self.down_proj.transpose(1, 2)
-    rows = apply(hidden, down, down_bias)
+    rows = apply(hidden, _as_stacked(self, self.down_proj), down_bias)
     if self.has_post_expert_norm:
         rows = self.post_expert_norm(rows)
     return routing.combine(rows).to(hidden_states.dtype)
@@ -57,14 +56,12 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
 
 @dataclass
 class SwiGLUView:
-    """The weights of a foreign bank in the places of our GLU bank, as views, for the fused operator."""
+    """The weights of a foreign bank as the fused operator takes them: gate and up joined in one, as views."""
 
-    gate: Tensor
     up: Tensor
     down: Tensor
-    gate_bias: None = None
-    up_bias: None = None
-    down_bias: None = None
+    up_bias: Tensor | None
+    down_bias: Tensor | None
     activation: str = "swiglu"
     kernel: str = "auto"
     recompute: bool = False
@@ -78,11 +75,15 @@ def _as_swiglu(experts: Any) -> SwiGLUView | None:
     plain = experts.has_gate and getattr(type(experts), "_apply_gate", None) is _default_apply_gate
     act = getattr(experts, "act_fn", None)
     silu = act is F.silu or isinstance(act, nn.SiLU | type(ACT2FN["silu"]))
-    odd = experts.has_bias or experts.has_post_expert_norm or experts.is_transposed
-    if not plain or not silu or odd:
+    if not plain or not silu or experts.has_post_expert_norm:
         return None
-    gate, up = experts.gate_up_proj.unflatten(1, (2, -1)).unbind(1)  # [experts, hidden, width] each
-    return SwiGLUView(gate.transpose(1, 2), up.transpose(1, 2), experts.down_proj.transpose(1, 2))
+    up, down = (_as_stacked(experts, each) for each in (experts.gate_up_proj, experts.down_proj))
+    return SwiGLUView(up, down, *_biases(experts))
+
+
+def _as_stacked(experts: Any, weight: Tensor) -> Tensor:
+    """A weight as `[experts, in, out]`."""
+    return weight if experts.is_transposed else weight.transpose(1, 2)
 
 
 def _biases(experts: Any) -> tuple[Tensor | None, Tensor | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,10 +18,12 @@ class Activation:
     Attributes:
         forward: (z, out) -> None.
         backward: (gradient, z, out) -> None: the gradient times the derivative at z.
+        gated: whether it belongs to a gated unit, `act(gate) * up`.
     """
 
     forward: Callable[[Tensor, Tensor], object]
     backward: Callable[[Tensor, Tensor, Tensor], object]
+    gated: bool = False
 
 
 def _relu(z: Tensor, out: Tensor) -> object:
@@ -49,8 +51,8 @@ GELU = Activation(
     lambda grad, z, out: _aten.gelu_backward.grad_input(grad, z, grad_input=out),
 )
 FUSED: dict[str, Activation] = {
-    "swiglu": SILU,
-    "geglu": GELU,
+    "swiglu": replace(SILU, gated=True),
+    "geglu": replace(GELU, gated=True),
     "silu": SILU,
     "gelu": GELU,
     "relu": Activation(_relu, _relu_backward),

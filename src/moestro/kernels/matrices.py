@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,49 +11,70 @@ from torch import Tensor
 from moestro.kernels.plan import Chunk, Plan
 
 
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """One stacked weight, an expert at a time, and the columns that it fills."""
+
+    columns: slice
+    weight: Sequence[Tensor]
+    bias: Sequence[Tensor] | None
+
+
 class Matrices:
-    """Stacked weights (and biases) that multiply the rows of a chunk, an expert at a time, into given memory.
+    """Stacked weights side by side that multiply the rows of a chunk, an expert at a time, into given memory.
 
     Args:
-        weight: `[experts, in, out]`; None = there is no such map.
-        bias: `[experts, out]` or None.
+        weights: each `[experts, in, out]`; those that are None are left out.
+        biases: of each, `[experts, out]` or None.
         dtype: of the rows; weights of another are cast one expert at a time.
     """
 
-    def __init__(self, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> None:
-        self._weight = () if weight is None else weight.unbind(0)
-        self.columns = 0 if weight is None else weight.shape[2]
-        self._bias = None if bias is None else bias.to(dtype).unbind(0)
+    def __init__(
+        self, weights: Sequence[Tensor | None], biases: Sequence[Tensor | None], dtype: torch.dtype
+    ) -> None:
+        self._parts: list[_Part] = []
         self._dtype = dtype
-
-    def __bool__(self) -> bool:
-        return bool(self._weight)
+        self.columns = 0
+        for weight, bias in zip(weights, biases, strict=True):
+            if weight is None:
+                continue
+            columns = slice(self.columns, self.columns + weight.shape[2])
+            each_bias = None if bias is None else bias.to(dtype).unbind(0)
+            self._parts.append(_Part(columns, weight.unbind(0), each_bias))
+            self.columns = columns.stop
 
     def multiply(self, chunk: Chunk, rows: Tensor, out: Tensor) -> None:
-        """`out = rows W_e + b_e`."""
-        for e, x, y in chunk.pieces(rows, out):
-            if self._bias is None:
-                torch.mm(x, self._matrix(e), out=y)
-            else:
-                torch.addmm(self._bias[e], x, self._matrix(e), out=y)
+        """`out = rows W_e + b_e`, `[rows, in] -> [rows, columns]`."""
+        for part, block in self._blocks(out):
+            for e, x, y in chunk.pieces(rows, block):
+                if part.bias is None:
+                    torch.mm(x, self._matrix(part, e), out=y)
+                else:
+                    torch.addmm(part.bias[e], x, self._matrix(part, e), out=y)
 
-    def multiply_transposed(self, chunk: Chunk, rows: Tensor, out: Tensor, add: bool = False) -> None:
-        """`out = rows W_e^T`, or `out += rows W_e^T`."""
-        for e, x, y in chunk.pieces(rows, out):
-            if add:
-                torch.addmm(y, x, self._matrix(e).t(), out=y)
-            else:
-                torch.mm(x, self._matrix(e).t(), out=y)
+    def multiply_transposed(self, chunk: Chunk, rows: Tensor, out: Tensor) -> None:
+        """`out = rows W_e^T`, `[rows, columns] -> [rows, in]`."""
+        for number, (part, block) in enumerate(self._blocks(rows)):
+            for e, x, y in chunk.pieces(block, out):
+                if number:
+                    torch.addmm(y, x, self._matrix(part, e).t(), out=y)
+                else:
+                    torch.mm(x, self._matrix(part, e).t(), out=y)
 
     def add_bias_products(self, chunk: Chunk, rows: Tensor, out: Tensor) -> None:
         """`out[i] += <rows[i], b_e>`, nothing without a bias."""
-        if self._bias is None:
-            return
-        for e, x, y in chunk.groups(rows, out):
-            y.add_(torch.mv(x, self._bias[e]))
+        for part, block in self._blocks(rows):
+            if part.bias is None:
+                continue
+            for e, x, y in chunk.groups(block, out):
+                y.add_(torch.mv(x, part.bias[e]))
 
-    def _matrix(self, e: int) -> Tensor:
-        return self._weight[e].to(self._dtype)
+    def _blocks(self, rows: Tensor) -> Iterator[tuple[_Part, Tensor]]:
+        """Each part with its columns of these rows."""
+        return ((part, rows[:, part.columns]) for part in self._parts)
+
+    def _matrix(self, part: _Part, e: int) -> Tensor:
+        return part.weight[e].to(self._dtype)
 
 
 class Gradients:
@@ -87,7 +109,7 @@ class Gradients:
             else:
                 target.copy_(torch.mm(x.t(), g))
 
-    def add_bias(self, name: str, chunk: Chunk, gradient: Tensor, scale: Tensor | None) -> None:
+    def add_bias(self, name: str, chunk: Chunk, gradient: Tensor, scale: Tensor | None = None) -> None:
         """The sum of each expert's gradient rows, each times its entry of scale `[rows, 1]`."""
         if name not in self.found:
             return

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 1024  # rows that are gathered and activated together: they stay in the cache between two products
+CHUNKS_PER_THREAD = 8  # at least, where experts are small enough: so that threads end together
 TILE = 32
 
 
@@ -116,12 +117,14 @@ class Plan:
         return per_row if self.place is None else per_row.index_select(0, self.place)
 
 
-def make_plan(offsets: Tensor, rounding: Rounding) -> Plan:
-    """The plan for groups that begin at `offsets [experts + 1]`."""
+def make_plan(offsets: Tensor, rounding: Rounding, threads: int = 1) -> Plan:
+    """The plan for groups that begin at `offsets [experts + 1]`, in chunks for so many threads."""
     bounds = offsets.tolist()
     counts = [stop - start for start, stop in pairwise(bounds)]
     sizes = [rounding(count) if count else 0 for count in counts]
-    chunks, rows = _chunks(sizes, rounding.tile)
+    rows = sum(sizes)
+    most = CHUNK if threads == 1 else min(CHUNK, rows // (threads * CHUNKS_PER_THREAD))
+    chunks = _chunks(sizes, rounding.tile, most)
     if sizes == counts:
         return Plan(chunks, None, None, rows)
     size, count = torch.tensor(sizes), torch.tensor(counts)
@@ -133,19 +136,19 @@ def make_plan(offsets: Tensor, rounding: Rounding) -> Plan:
     return Plan(chunks, place, source, rows)
 
 
-def _chunks(sizes: list[int], tile: int | None) -> tuple[list[Chunk], int]:
-    chunks, experts, start, row = [], [], 0, 0
+def _chunks(sizes: list[int], tile: int | None, most: int) -> list[Chunk]:
+    """Neighbours together, up to so many rows; an expert with more is a chunk of its own."""
+    chunks, experts, start, row = [], list[int](), 0, 0
     for expert, size in enumerate(sizes):
-        if not size:
-            continue
-        experts.append(expert)
-        row += size
-        if row - start >= CHUNK:
+        if experts and row + size - start > most:
             chunks.append(Chunk(start, row, experts, [sizes[e] for e in experts], tile))
             experts, start = [], row
+        if size:
+            experts.append(expert)
+            row += size
     if experts:
         chunks.append(Chunk(start, row, experts, [sizes[e] for e in experts], tile))
-    return chunks, row
+    return chunks
 
 
 def most_rows(pairs: int, num_experts: int, rounding: Rounding) -> int:

@@ -2,38 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from moestro.kernels.plan import Chunk, Plan
+from moestro.kernels.plan import Chunk
 
 
 class Scratch:
-    """Named blocks of rows, as long as the largest chunk; contents do not outlive a chunk.
+    """Named blocks of rows; contents do not outlive a chunk.
 
     Args:
         like: says dtype and device.
-        plan: whose chunks will use it.
+        rows: of the longest chunk.
+        columns: of each block.
     """
 
-    def __init__(self, like: Tensor, plan: Plan) -> None:
-        self._like, self._blocks = like, dict[str, Tensor]()
-        self._rows = max((chunk.stop - chunk.start for chunk in plan.chunks), default=0)
+    def __init__(self, like: Tensor, rows: int, columns: Mapping[str, int]) -> None:
+        self._blocks = {name: like.new_empty(rows, count) for name, count in columns.items()}
 
-    def __call__(self, name: str, columns: int) -> Tensor:
-        """The block of that name, `[rows of the largest chunk, columns]`."""
-        if name not in self._blocks:
-            self._blocks[name] = self._like.new_empty(self._rows, columns)
-        return self._blocks[name]
+    def __call__(self, name: str, chunk: Chunk) -> Tensor:
+        """The block of that name, `[rows of the chunk, columns]`."""
+        return self._blocks[name][: chunk.stop - chunk.start]
 
 
 def picked(x: Tensor, source: Tensor | None, chunk: Chunk, into: Tensor) -> Tensor:
     """The rows of `x` that a chunk works on: copied as `source [rows]` says, or its own slice if that is None."""
     if source is None:
         return x[chunk.start : chunk.stop]
-    block = into[: chunk.stop - chunk.start]
-    torch.index_select(x, 0, source[chunk.start : chunk.stop], out=block)
-    return block
+    torch.index_select(x, 0, source[chunk.start : chunk.stop], out=into)
+    return into
 
 
 def clear_filling(filling: Tensor, chunk: Chunk, *blocks: Tensor) -> None:
