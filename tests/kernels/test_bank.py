@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from moestro.experts import ACTIVATIONS, Experts, all_kernels, make_experts
 from moestro.kernels.bank import bank as bank_operator
-from moestro.kernels.plan import FEW_SIZES, most_rows
+from moestro.kernels.plan import BATCHES, FEW_SIZES, most_rows
 from moestro.routing import SparseRouting
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 4e-2}
@@ -105,9 +105,8 @@ def close(name: str, got: Tensor, want: Tensor | None, case: Case) -> None:
         return
     assert got.isfinite().all(), name
     scale = float(want.detach().abs().max()) if want.numel() else 1.0
-    assert_close(
-        got.double(), want, rtol=0, atol=TOLERANCE[case.dtype] * max(scale, 1e-3), msg=lambda m: f"{name}: {m}"
-    )
+    atol = TOLERANCE[case.dtype] * max(scale, 0.1)  # hundreds of terms around one may cancel to nearly nothing
+    assert_close(got.double(), want, rtol=0, atol=atol, msg=lambda m: f"{name}: {m}")
 
 
 random_layers = given(cases())
@@ -148,7 +147,7 @@ def arguments(
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("rounding", ["exact", "few_sizes", "tiles"])
+@pytest.mark.parametrize("rounding", ["exact", "few_sizes", "tiles", "batches"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradcheck(activation: str, rounding: str) -> None:
     given = arguments(activation, rounding=rounding)
@@ -263,6 +262,7 @@ def test_few_sizes_waste_little() -> None:
         assert count <= size < count + FEW_SIZES.step
         assert size <= count * (1 + 1 / 8) or count < 32
     assert most_rows(100, 7, FEW_SIZES) == 100 + 7 * 15
+    assert most_rows(100, 7, BATCHES) >= most_rows(100, 7, FEW_SIZES) + 100 / 16
 
 
 def test_unknown_and_unfit_kernels_are_refused() -> None:

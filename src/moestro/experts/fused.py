@@ -58,7 +58,9 @@ def rounding_of(bank: Stacked, x: Tensor) -> str | None:
         if bank.kernel in KERNELS:
             raise ValueError(f"kernel={bank.kernel!r} runs on a CPU, not on {x.device}; use kernel='auto'")
         return None
-    return "tiles" if bank.kernel == "tiled" else rounding_for(as_autocast_dtype(x))
+    if bank.kernel == "tiled":
+        return "tiles"
+    return rounding_for(as_autocast_dtype(x), bank.down.shape[1] * bank.down.shape[2])
 
 
 def as_autocast_dtype(x: Tensor) -> torch.dtype:

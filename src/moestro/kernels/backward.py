@@ -11,7 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from moestro.kernels.call import PARAMETERS, Call
+from moestro.kernels.arguments import PARAMETERS
+from moestro.kernels.call import Call
 from moestro.kernels.matrices import Gradients
 from moestro.kernels.plan import Chunk
 from moestro.kernels.queues import run_chunks

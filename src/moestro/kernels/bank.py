@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moestro.kernels.arguments import LEARNING, SCHEMA, Arguments
 from moestro.kernels.backward import Backward
-from moestro.kernels.call import LEARNING, SCHEMA, Arguments, Call, kept_shape
+from moestro.kernels.call import Call, kept_shape
 from moestro.kernels.plan import Chunk
 from moestro.kernels.queues import run_chunks
 from moestro.kernels.rows import Scratch

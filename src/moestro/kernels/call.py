@@ -1,61 +1,16 @@
-"""One call of a fused bank: its arguments, and what forward and backward both need of them."""
+"""One call of a fused bank: what its forward and its backward both need."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from moestro.kernels.activate import FUSED
+from moestro.kernels.arguments import Arguments
 from moestro.kernels.matrices import Matrices
 from moestro.kernels.plan import ROUNDINGS, Chunk, make_plan, most_rows
 from moestro.kernels.rows import picked
-
-
-class Arguments(NamedTuple):
-    """What a bank is called with.
-
-    Products are computed in the dtype of `x`; weights of another are cast an expert at a time.
-
-    Attributes:
-        x: `[tokens, width]`; without `token`, `[pairs, width]` grouped by expert.
-        offsets: where each expert's pairs begin, `[experts + 1]`.
-        token: source of each pair, `[pairs]`.
-        weight: combine weight of each pair, `[pairs]`.
-        order: pairs by token, `[pairs]`; with `starts`, where each token's pairs begin, `[tokens]`. Without
-            them, outputs stay rows.
-        gate, up, down: `[experts, width, hidden]` twice and `[experts, hidden, width]`. A gated activation without
-            a gate takes both from `up`, `[experts, width, 2 hidden]`, the gate first; a plain one has none.
-        gate_bias, up_bias, down_bias: `[experts, hidden]` (or `2 hidden`) twice and `[experts, width]`, or None.
-        activation: see `moestro.experts.activations`.
-        rounding: `exact`, `few_sizes` or `tiles`, see `moestro.kernels.plan`.
-    """
-
-    x: Tensor
-    offsets: Tensor
-    token: Tensor | None
-    weight: Tensor | None
-    order: Tensor | None
-    starts: Tensor | None
-    gate: Tensor | None
-    up: Tensor
-    down: Tensor
-    gate_bias: Tensor | None
-    up_bias: Tensor | None
-    down_bias: Tensor | None
-    activation: str
-    rounding: str
-
-
-SCHEMA = (
-    "Tensor x, Tensor offsets, Tensor? token, Tensor? weight, Tensor? order, Tensor? starts, "
-    "Tensor? gate, Tensor up, Tensor down, Tensor? gate_bias, Tensor? up_bias, Tensor? down_bias, "
-    "str activation, str rounding"
-)
-PARAMETERS = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
-LEARNING = ("x", "weight", *PARAMETERS)  # arguments that have a gradient
 
 
 def kept_shape(given: Arguments) -> tuple[int, int]:

@@ -13,11 +13,13 @@ from moestro.kernels.plan import Chunk, Plan
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """One stacked weight, an expert at a time, and the columns that it fills."""
+    """One stacked weight, whole and an expert at a time, and the columns that it fills."""
 
     columns: slice
-    weight: Sequence[Tensor]
-    bias: Sequence[Tensor] | None
+    weight: Tensor
+    bias: Tensor | None
+    weight_of: Sequence[Tensor]
+    bias_of: Sequence[Tensor] | None
 
 
 class Matrices:
@@ -39,42 +41,62 @@ class Matrices:
             if weight is None:
                 continue
             columns = slice(self.columns, self.columns + weight.shape[2])
-            each_bias = None if bias is None else bias.to(dtype).unbind(0)
-            self._parts.append(_Part(columns, weight.unbind(0), each_bias))
+            bias = None if bias is None else bias.to(dtype)
+            bias_of = None if bias is None else bias.unbind(0)
+            self._parts.append(_Part(columns, weight, bias, weight.unbind(0), bias_of))
             self.columns = columns.stop
 
     def multiply(self, chunk: Chunk, rows: Tensor, out: Tensor) -> None:
         """`out = rows W_e + b_e`, `[rows, in] -> [rows, columns]`."""
+        if chunk.index is not None:
+            self._multiply_batch(chunk, chunk.index, rows, out)
+            return
         for part, block in self._blocks(out):
             for e, x, y in chunk.pieces(rows, block):
-                if part.bias is None:
-                    torch.mm(x, self._matrix(part, e), out=y)
+                if part.bias_of is None:
+                    torch.mm(x, self._weight(part, e), out=y)
                 else:
-                    torch.addmm(part.bias[e], x, self._matrix(part, e), out=y)
+                    torch.addmm(part.bias_of[e], x, self._weight(part, e), out=y)
 
     def multiply_transposed(self, chunk: Chunk, rows: Tensor, out: Tensor) -> None:
         """`out = rows W_e^T`, `[rows, columns] -> [rows, in]`."""
+        if chunk.index is not None:
+            torch.bmm(chunk.batch(rows), self._weights(chunk.index).transpose(1, 2), out=chunk.batch(out))
+            return
         for number, (part, block) in enumerate(self._blocks(rows)):
             for e, x, y in chunk.pieces(block, out):
                 if number:
-                    torch.addmm(y, x, self._matrix(part, e).t(), out=y)
+                    torch.addmm(y, x, self._weight(part, e).t(), out=y)
                 else:
-                    torch.mm(x, self._matrix(part, e).t(), out=y)
+                    torch.mm(x, self._weight(part, e).t(), out=y)
 
     def add_bias_products(self, chunk: Chunk, rows: Tensor, out: Tensor) -> None:
         """`out[i] += <rows[i], b_e>`, nothing without a bias."""
         for part, block in self._blocks(rows):
-            if part.bias is None:
+            if part.bias_of is None:
                 continue
             for e, x, y in chunk.groups(block, out):
-                y.add_(torch.mv(x, part.bias[e]))
+                y.add_(torch.mv(x, part.bias_of[e]))
 
     def _blocks(self, rows: Tensor) -> Iterator[tuple[_Part, Tensor]]:
         """Each part with its columns of these rows."""
         return ((part, rows[:, part.columns]) for part in self._parts)
 
-    def _matrix(self, part: _Part, e: int) -> Tensor:
-        return part.weight[e].to(self._dtype)
+    def _weight(self, part: _Part, e: int) -> Tensor:
+        return part.weight_of[e].to(self._dtype)
+
+    def _weights(self, experts: Tensor) -> Tensor:
+        """All weights of these experts, `[experts, in, columns]`, copied."""
+        weights = [part.weight.index_select(0, experts).to(self._dtype) for part in self._parts]
+        return weights[0] if len(weights) == 1 else torch.cat(weights, -1)
+
+    def _multiply_batch(self, chunk: Chunk, experts: Tensor, rows: Tensor, out: Tensor) -> None:
+        biases = [part.bias.index_select(0, experts) for part in self._parts if part.bias is not None]
+        if biases:
+            bias = torch.cat(biases, -1).unsqueeze(1)
+            torch.baddbmm(bias, chunk.batch(rows), self._weights(experts), out=chunk.batch(out))
+        else:
+            torch.bmm(chunk.batch(rows), self._weights(experts), out=chunk.batch(out))
 
 
 class Gradients:
@@ -101,6 +123,10 @@ class Gradients:
     def add(self, name: str, chunk: Chunk, rows: Tensor, gradient: Tensor) -> None:
         """`rows^T gradient` of each expert in the chunk."""
         if name not in self.found:
+            return
+        if chunk.index is not None:
+            products = torch.bmm(chunk.batch(rows).transpose(1, 2), chunk.batch(gradient))
+            self.found[name].index_copy_(0, chunk.index, products.to(self.found[name].dtype))
             return
         for e, x, g in chunk.groups(rows, gradient):
             target = self._slices[name][e]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -13,6 +13,8 @@ from torch import Tensor
 CHUNK = 1024  # rows that are gathered and activated together: they stay in the cache between two products
 CHUNKS_PER_THREAD = 8  # at least, where experts are small enough: so that threads end together
 TILE = 32
+BATCH = 2048  # rows of a batched chunk
+WASTE = 1 / 8  # of the rows of a batched chunk may be there to make its experts equal
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,13 @@ class Rounding:
         up: the next allowed count.
         step: allowed counts are at most so far apart.
         tile: rows of one product; None = all rows of an expert at once.
+        batched: whether experts of about equally many rows get equally many, and come next to each other.
     """
 
     up: Callable[[int], int]
     step: int
     tile: int | None = None
+    batched: bool = False
 
     def __call__(self, count: int) -> int:
         return self.up(count)
@@ -43,6 +47,8 @@ class Chunk:
         experts: those with rows, in order.
         sizes: rows of each, rounded up.
         tile: rows of one product; None = all rows of an expert at once.
+        index: in a batched chunk, where all have equally many rows so that one product serves all, the experts once
+            more, `[experts]`; else None.
     """
 
     start: int
@@ -50,6 +56,11 @@ class Chunk:
     experts: list[int]
     sizes: list[int]
     tile: int | None = None
+    index: Tensor | None = None
+
+    def batch(self, rows: Tensor) -> Tensor:
+        """Rows of a batched chunk as `[experts, rows of each, columns]`."""
+        return rows.unflatten(0, (len(self.experts), self.sizes[0]))
 
     def groups(self, *rows: Tensor) -> Iterator[tuple[Any, ...]]:
         """(expert, its slice of each argument), for products that sum over rows."""
@@ -118,22 +129,33 @@ class Plan:
 
 
 def make_plan(offsets: Tensor, rounding: Rounding, threads: int = 1) -> Plan:
-    """The plan for groups that begin at `offsets [experts + 1]`, in chunks for so many threads."""
+    """The plan for groups that begin at `offsets [experts + 1]`, in chunks for so many threads.
+
+    Where rows lie does not depend on the threads: a backward may have others than its forward.
+    """
     bounds = offsets.tolist()
     counts = [stop - start for start, stop in pairwise(bounds)]
+    if rounding.batched:
+        return _batched_plan(offsets, counts, rounding)
     sizes = [rounding(count) if count else 0 for count in counts]
     rows = sum(sizes)
     most = CHUNK if threads == 1 else min(CHUNK, rows // (threads * CHUNKS_PER_THREAD))
     chunks = _chunks(sizes, rounding.tile, most)
     if sizes == counts:
         return Plan(chunks, None, None, rows)
-    size, count = torch.tensor(sizes), torch.tensor(counts)
-    shift = (size.cumsum(0) - size) - offsets[:-1]
-    pair = torch.arange(bounds[-1])
-    place = pair + shift.repeat_interleave(count, output_size=bounds[-1])
-    source = offsets[:-1].repeat_interleave(size, output_size=rows)
-    source[place] = pair
-    return Plan(chunks, place, source, rows)
+    return Plan(chunks, *_places(offsets, counts, range(len(counts)), sizes), rows)
+
+
+def _places(offsets: Tensor, counts: list[int], order: Sequence[int], sizes: list[int]) -> tuple[Tensor, Tensor]:
+    """Place and source of a plan whose experts come in this order and with these sizes."""
+    size, count = torch.tensor(sizes, dtype=torch.long), torch.tensor(counts, dtype=torch.long)
+    first = offsets[:-1]
+    chosen = torch.tensor(order, dtype=torch.long)
+    shift = torch.zeros_like(first).index_copy_(0, chosen, size.cumsum(0) - size) - first
+    place = torch.arange(sum(counts)) + shift.repeat_interleave(count, output_size=sum(counts))
+    source = first[chosen].repeat_interleave(size, output_size=sum(sizes))
+    source[place] = torch.arange(sum(counts))
+    return place, source
 
 
 def _chunks(sizes: list[int], tile: int | None, most: int) -> list[Chunk]:
@@ -151,10 +173,35 @@ def _chunks(sizes: list[int], tile: int | None, most: int) -> list[Chunk]:
     return chunks
 
 
+def _batched_plan(offsets: Tensor, counts: list[int], rounding: Rounding) -> Plan:
+    """Experts with the most rows first, those with about as many together."""
+    order = sorted((e for e, count in enumerate(counts) if count), key=lambda e: -counts[e])
+    chunks, row, number = list[Chunk](), 0, 0
+    while number < len(order):
+        size = rounding(counts[order[number]])
+        together = _about_equal([counts[e] for e in order[number:]], size)
+        experts = order[number : number + together]
+        stop = row + size * together
+        chunks.append(Chunk(row, stop, experts, [size] * together, index=torch.tensor(experts)))
+        row, number = stop, number + together
+    sizes = [size for chunk in chunks for size in chunk.sizes]
+    return Plan(chunks, *_places(offsets, counts, order, sizes), row)
+
+
+def _about_equal(counts: list[int], size: int) -> int:
+    """How many of these falling counts fit a chunk with `size` rows for each and little waste; a power of two."""
+    number = 1
+    while 2 * number <= len(counts) and 2 * number * size <= BATCH:
+        if 2 * number * size > (1 + WASTE) * sum(counts[: 2 * number]):
+            break
+        number *= 2
+    return number
+
+
 def most_rows(pairs: int, num_experts: int, rounding: Rounding) -> int:
     """A bound on the rows of a plan that does not depend on who chose whom."""
     most: int = pairs + (rounding.step - 1) * torch.sym_min(pairs, num_experts)
-    return most
+    return most + pairs // round(1 / WASTE) if rounding.batched else most
 
 
 def _few_sizes(count: int) -> int:
@@ -162,6 +209,12 @@ def _few_sizes(count: int) -> int:
     if count <= 4:
         return 1 << (count - 1).bit_length()
     step = 4 if count <= 128 else 8 if count <= 1024 else 16
+    return -(-count // step) * step
+
+
+def _fewer_sizes(count: int) -> int:
+    """Multiples of 4 to 128, then 16 sizes from each power of two to the next."""
+    step = max(4, 1 << max(0, (count - 1).bit_length() - 5))
     return -(-count // step) * step
 
 
@@ -177,9 +230,15 @@ FEW_SIZES = Rounding(_few_sizes, step=16)
 TILES = Rounding(lambda count: -(-count // TILE) * TILE, step=TILE, tile=TILE)
 
 
-ROUNDINGS = {"exact": EXACT, "few_sizes": FEW_SIZES, "tiles": TILES}
+# Products of small experts take no longer than the call of one: several experts share a product.
+BATCHES = Rounding(_fewer_sizes, step=4, batched=True)
+SMALL = 2**17  # elements of a matrix, below which copying it costs little beside its products
+
+ROUNDINGS = {"exact": EXACT, "few_sizes": FEW_SIZES, "tiles": TILES, "batches": BATCHES}
 
 
-def rounding_for(dtype: torch.dtype) -> str:
-    """The name of the rounding that makes products of this dtype fast on a CPU."""
+def rounding_for(dtype: torch.dtype, elements: int) -> str:
+    """The name of the rounding that makes products of this dtype with matrices of this size fast on a CPU."""
+    if elements <= SMALL:
+        return "batches"
     return "exact" if dtype in (torch.float32, torch.float64) else "few_sizes"
