@@ -26,7 +26,7 @@ ALLOWED["export"] = {"routing", "routers", "experts", "layers", "models"}
 ALLOWED["hf"] = ALLOWED["models"] | {"models", "data", "kernels"}
 ALLOWED["inspect"] = ALLOWED["methods"] | {"methods", "parallel"}
 ALLOWED["inference"] = ALLOWED["models"] | {"models", "inspect", "data"}
-ALLOWED["train"] = ALLOWED["inference"] | {"inference", "parallel"}
+ALLOWED["train"] = ALLOWED["inference"] | {"inference", "parallel", "kernels"}
 ALLOWED["study"] = ALLOWED["train"] | {"train"}
 ALLOWED["cli"] = ALLOWED["study"] | {"study", "hf", "parallel"}
 

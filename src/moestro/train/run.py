@@ -13,6 +13,7 @@ import numpy as np
 
 from moestro.balance import RoutingLog
 from moestro.inspect import write_report
+from moestro.kernels.allocator import MAPPED, keep_freed_memory
 from moestro.models import DecoderLM
 from moestro.train.alike import check_alike, check_same_text
 from moestro.train.build import build_corpus, build_mesh, build_model, training_batches, validation_batches
@@ -138,6 +139,8 @@ def introduce(around: Surroundings, model: DecoderLM) -> None:
     ]
     lines.append(f"parameters: {_spaced(counts.total)} total, {_spaced(counts.active)} active")
     lines += [f"balance: {line}" for line in _balance(model)]
+    if around.machine.device.type == "cpu" and _has_large(model) and keep_freed_memory():
+        lines.append("memory: what a step frees stays with the process for the next step")
     tokens = recipe.train.batch_size * recipe.data.sequence_length
     lines.append(f"{recipe.train.steps} steps of {_spaced(tokens)} tokens, seed {recipe.seed}")
     for line in lines:
@@ -153,6 +156,11 @@ def _company(around: Surroundings, model: DecoderLM) -> list[str]:
     if not model.batch_independent:
         lines.append("routing looks at the tokens of one process at a time: the run will differ from one process")
     return lines
+
+
+def _has_large(model: DecoderLM) -> bool:
+    """Whether a gradient is so large that the allocator would give its memory back after every step."""
+    return any(parameter.nbytes >= MAPPED for parameter in model.parameters())
 
 
 def _model(around: Surroundings) -> DecoderLM:
