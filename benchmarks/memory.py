@@ -1,10 +1,11 @@
 """Peak memory of activations, forward and backward: the fused bank, other kernels, dense layers of equal FLOPs.
 
-Counts every allocation that torch's profiler sees between the start of forward and the end of backward, less the
-gradients of weights, which have the size of the weights. `of_dense` is against the leanest dense layer,
-`of_plain_dense` against three products under autograd; both have routing indices taken off the bank's side.
+Counts every allocation of any thread that torch's profiler sees from the start of forward to the end of backward,
+except those of a whole parameter's size: the gradients of weights. Token counts are such that no activation has
+that size. `of_dense` is against the leanest dense layer, `of_plain_dense` against three products under autograd;
+both have routing indices taken off the bank's side.
 
-    python benchmarks/memory.py
+    python benchmarks/memory.py [--tokens 520,4104]
 """
 
 from __future__ import annotations
@@ -15,16 +16,20 @@ import torch
 from harness import Report, parse
 from limits import SHAPES, bank, dense_layers, routed
 from torch import Tensor
+from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile
 
 
-def peak_bytes(step: Callable[[], object]) -> int:
-    """The most bytes alive at once that the step itself allocated."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+def peak_bytes(step: Callable[[], object], but: set[int]) -> int:
+    """The most bytes alive at once that the step itself allocated, leaving out allocations of the sizes `but`."""
+    everywhere = _ExperimentalConfig(profile_all_threads=True)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, experimental_config=everywhere) as record:
         step()
     events = record.profiler.kineto_results.events()
     changes = sorted(
-        (event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]" and event.nbytes()
+        (event.start_ns(), event.nbytes())
+        for event in events
+        if event.name() == "[memory]" and abs(event.nbytes()) not in but
     )
     now = most = 0
     for _, change in changes:
@@ -42,13 +47,13 @@ def activations(layer: Callable[[Tensor], Tensor], x: Tensor, parameters: list[T
     step()
     for each in (x, *parameters):
         each.grad = None
-    return peak_bytes(step) - sum(each.numel() * each.element_size() for each in parameters)
+    return peak_bytes(step, {each.nbytes for each in parameters})
 
 
 def main() -> None:
-    report = Report("memory", parse(__doc__))
+    report = Report("memory", parse(__doc__, tokens="520,4104"))
     for shape in (each for each in SHAPES if each.name != "Qwen3-30B-A3B"):
-        for tokens in (512, 4096):
+        for tokens in map(int, report.arguments.tokens.split(",")):
             x = torch.randn(tokens, shape.width).bfloat16().requires_grad_()
             dense = {n: activations(f, x, p) for n, (f, p) in dense_layers(shape, torch.bfloat16).items()}
             _, _, routing = routed(shape, tokens)
