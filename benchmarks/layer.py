@@ -5,6 +5,7 @@ fastest of three dense layers; `over_x` is x's time / bank time. The peers have 
 our outputs. Memory freed by a step is kept for the next, for all alike (`--malloc default` leaves that to glibc).
 
     python benchmarks/layer.py [--shapes OLMoE,Mixtral] [--tokens 512,4096] [--dtypes bfloat16] [--passes both]
+                               [--paths grouped_mm,eager]
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def measure(case: Case, dtype: torch.dtype, report: Report) -> None:
 def main() -> None:
     arguments = parse(
         __doc__, repeat=5, shapes="OLMoE,Mixtral,tiny", tokens="512,4096", dtypes="bfloat16,float32",
-        passes="both", malloc="keep",
+        passes="both", malloc="keep", paths="eager,grouped_mm,batched_mm",
     )  # fmt: skip
     report = Report("layer", arguments)
     if arguments.malloc == "keep":
@@ -108,7 +109,7 @@ def main() -> None:
             for tokens in map(int, arguments.tokens.split(",")):
                 for passes in arguments.passes.split(","):
                     case = Case(shape, tokens, dtype, passes == "both")
-                    for path in ("eager", "grouped_mm", "batched_mm") if with_peer else ():
+                    for path in arguments.paths.split(",") if with_peer else ():
                         case.add_transformers(path)
                     measure(case, dtype, report)
     report.finish()
