@@ -1,23 +1,23 @@
 """Training steps of the first recipe's model, as a share of its dense twin's speed, and beside transformers.
 
 Whole optimiser steps as `moestro train` takes them (bfloat16 products, float32 weights, auxiliary loss, clipping,
-AdamW), on random bytes; the models take turns. `of_twin` is the twin's seconds / ours: the twin has the active
-parameters only, so the optimiser's share of the others is counted too. transformers' Mixtral has our sizes, and
-learns with the same optimiser, precision, auxiliary loss and clipping.
+AdamW), on random bytes. First the two take turns: `of_twin` is the twin's seconds / ours; the twin has the active
+parameters only, so the optimiser's share of the others is counted too. Then ours and transformers' Mixtral take
+turns, of our sizes and with the same optimiser, precision, auxiliary loss and clipping; its products are of other
+shapes at every step, which oneDNN's cache of 1024 kernels has to hold beside ours.
 
     python benchmarks/training.py [--recipe recipes/first.yaml]
 """
 
-# ruff: noqa: E402  the first import decides how torch's threads will wait
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from moestro.cli.app import set_waiting
-
-set_waiting()  # as the command does, before torch is there
+if "OMP_WAIT_POLICY" not in os.environ:  # as the command does, before torch is there
+    os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "1000")}
 
 import torch
 from harness import Report, interleaved, parse, peer
@@ -115,6 +115,10 @@ def count(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def add(report: Report, steps: Steps, name: str, seconds: float, **ratios: float | None) -> None:
+    report.add(model=name, ms=1e3 * seconds, tokens_per_second=steps.batch.tokens.numel() / seconds, **ratios)
+
+
 def main() -> None:
     arguments = parse(__doc__, repeat=9, recipe="recipes/first.yaml", malloc="keep")
     report = Report("training", arguments)
@@ -122,19 +126,18 @@ def main() -> None:
         keep_freed_memory()
     recipe = load_recipe(arguments.recipe)
     steps = Steps(recipe, choose_machine("cpu", recipe.train.precision, arguments.threads))
-    contenders = {"moestro": steps.ours(steps.moe), "dense twin": steps.ours(build_dense_twin(steps.moe, 0))}
-    if peer("transformers") is not None:
-        contenders |= {f"transformers {path}": steps.theirs(path) for path in PATHS}
+    ours, twin = steps.ours(steps.moe), steps.ours(build_dense_twin(steps.moe, 0))
     with repeatable(steps.machine):
-        seconds = interleaved(contenders, report.repeat, warm_up=4)
-    for name, each in seconds.items():
-        report.add(
-            model=name,
-            ms=1e3 * each,
-            tokens_per_second=steps.batch.tokens.numel() / each,
-            of_twin=seconds["dense twin"] / each,
-            times_ours=each / seconds["moestro"],
-        )
+        pair = interleaved({"moestro": ours, "dense twin": twin}, report.repeat, warm_up=6)
+    of_twin = pair["dense twin"] / pair["moestro"]
+    add(report, steps, "dense twin", pair["dense twin"], of_twin=1.0, times_ours=of_twin)
+    add(report, steps, "moestro", pair["moestro"], of_twin=of_twin, times_ours=1.0)
+    if peer("transformers") is not None:
+        peers = {f"transformers {path}": steps.theirs(path) for path in PATHS}
+        with repeatable(steps.machine):
+            seconds = interleaved({"moestro": ours, **peers}, report.repeat, warm_up=4)
+        for name in peers:
+            add(report, steps, name, seconds[name], of_twin=None, times_ours=seconds[name] / seconds["moestro"])
     report.finish()
 
 
