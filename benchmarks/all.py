@@ -23,40 +23,25 @@ from typing import Any
 from harness import machine, markdown
 
 HERE = Path(__file__).parent
-SCRIPTS = (
-    "docs",
-    "layer",
-    "OLMoE",
-    "layer",
-    "Mixtral",
-    "layer",
-    "tiny",
-    "layer",
-    "forward",
-    "bfloat16",
-    "scaling",
-    "scaling",
-    "router",
-    "router",
-    "memory",
-    "memory",
-    "training",
-    "training",
-    "model",
-    "16",
-    "model",
-    "8",
-    "model",
-    "4",
-    "guard",
-    "guard",
-    "hf_models",
-    "hf_record",
-    "hf_models",
-    "transformers",
-    "hf_record",
-    "transformers",
-)
+DOCS = HERE.parent / "docs" / "benchmarks.md"
+PARTS: dict[str, tuple[str, ...]] = {
+    "layer-olmoe": ("layer", "--shapes", "OLMoE"),
+    "layer-mixtral": ("layer", "--shapes", "Mixtral"),
+    "layer-tiny": ("layer", "--shapes", "tiny"),
+    "layer-forward": ("layer", "--shapes", "OLMoE,Qwen3", "--tokens", "1,64,1024", "--passes", "forward",
+                      "--dtypes", "bfloat16"),
+    "scaling": ("scaling",),
+    "router": ("router",),
+    "memory": ("memory",),
+    "training": ("training",),
+    "model-16": ("model", "--bits", "16"),
+    "model-8": ("model", "--bits", "8"),
+    "model-4": ("model", "--bits", "4"),
+    "guard": ("guard",),
+    "hf-models": ("hf_models",),
+    "hf-record": ("hf_record",),
+}  # fmt: skip
+NEEDS = {"hf_models": "transformers", "hf_record": "transformers"}
 
 
 def main() -> int:
