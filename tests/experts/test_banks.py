@@ -31,7 +31,7 @@ def lively(experts: nn.Module) -> nn.Module:
     return experts.double()
 
 
-@pytest.mark.parametrize("kernel", all_kernels())
+@pytest.mark.parametrize("kernel", all_kernels("cpu"))
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_a_stacked_bank_is_its_experts(activation: str, bias: bool, kernel: str) -> None:

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from moestro.kernels import all_backends, grouped_matmul
 from moestro.kernels.rounded import round_up
 
-BACKENDS = all_backends()
+BACKENDS = all_backends("cpu")
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 

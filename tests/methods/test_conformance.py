@@ -137,7 +137,7 @@ CASES = {
     [
         pytest.param(method, kernel, id=f"{method.name}-{kernel}")
         for method in METHODS
-        for kernel in (all_kernels() if method.name in ON_EVERY_KERNEL else ["auto", "padded"])
+        for kernel in (all_kernels("cpu") if method.name in ON_EVERY_KERNEL else ["auto", "padded"])
     ],
 )
 def test_layer_equals_the_loop(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moestro.experts.device import on_device, run_on_device
 from moestro.kernels import as_autocast
 from moestro.kernels.bank import bank as bank_operator
 from moestro.kernels.grouped import all_backends, check_offsets
@@ -15,6 +18,7 @@ from moestro.kernels.plan import rounding_for
 from moestro.routing import SparseRouting
 
 KERNELS = ("fused", "tiled")
+Operator = Callable[["Stacked", Tensor, Tensor, tuple[Tensor | None, ...]], Tensor]
 
 
 class Stacked(Protocol):
@@ -29,17 +33,22 @@ class Stacked(Protocol):
     recompute: bool
 
 
-def all_kernels() -> tuple[str, ...]:
-    """Names that a stacked bank takes as its kernel: back ends of the grouped product, and fused operators."""
-    return (*all_backends(), *KERNELS)
+def all_kernels(device_type: str | None = None) -> tuple[str, ...]:
+    """Names that a stacked bank takes as its kernel: back ends of the grouped product, and fused operators.
+
+    Args:
+        device_type: of `cpu` or `cuda`, only those that run there.
+    """
+    return (*all_backends(device_type), *(KERNELS if device_type in (None, "cpu") else ()))
 
 
 def check_kernel(name: str, recompute: bool = False) -> str:
     """The name itself, or ValueError naming the kernels there are, or those that can recompute."""
     if name not in all_kernels():
         raise ValueError(f"unknown kernel {name!r}; choose one of {', '.join(all_kernels())}")
-    if recompute and name not in ("auto", *KERNELS):
-        raise ValueError(f"kernel={name!r} cannot recompute; use recompute=False or one of {', '.join(KERNELS)}")
+    able = ("auto", *KERNELS, "triton")
+    if recompute and name not in able:
+        raise ValueError(f"kernel={name!r} cannot recompute; use recompute=False or one of {', '.join(able)}")
     return name
 
 
@@ -50,8 +59,16 @@ def is_fused(bank: object, device_type: str) -> bool:
     )
 
 
-def rounding_of(bank: Stacked, x: Tensor) -> str | None:
-    """The rounding with which the fused operator runs this bank on these rows; None = it does not."""
+def operator_of(bank: Stacked, x: Tensor) -> Operator | None:
+    """What runs this bank on these rows as a whole; None = nothing does, grouped products have to."""
+    if on_device(bank, x):
+        return run_on_device
+    rounding = _rounding_of(bank, x)
+    return None if rounding is None else partial(_run_on_cpu, rounding=rounding)
+
+
+def _rounding_of(bank: Stacked, x: Tensor) -> str | None:
+    """The rounding with which the CPU's operator runs this bank on these rows; None = it does not."""
     if bank.kernel not in ("auto", *KERNELS):
         return None
     if x.device.type != "cpu":
@@ -68,19 +85,21 @@ def as_autocast_dtype(x: Tensor) -> torch.dtype:
     return as_autocast(x[:0]).dtype
 
 
-def run_fused(bank: Stacked, x: Tensor, routing: SparseRouting, rounding: str) -> Tensor:
+def run_fused(bank: Stacked, x: Tensor, routing: SparseRouting, operator: Operator) -> Tensor:
     """`y = C F(D x)` in one operator. Shapes: x `[tokens, width]` -> `[tokens, width]`."""
     order, starts = routing.by_token()
-    return _call(bank, x, routing.offsets, (routing.token, routing.weight, order, starts), rounding)
+    return operator(bank, x, routing.offsets, (routing.token, routing.weight, order, starts))
 
 
-def rows_fused(bank: Stacked, rows: Tensor, offsets: Tensor, rounding: str) -> Tensor:
+def rows_fused(bank: Stacked, rows: Tensor, offsets: Tensor, operator: Operator) -> Tensor:
     """Rows grouped by expert through their experts. Shapes: `[rows, width]` -> `[rows, width]`."""
     check_offsets(offsets, len(rows), len(bank.up))
-    return _call(bank, rows, offsets, (None, None, None, None), rounding)
+    return operator(bank, rows, offsets, (None, None, None, None))
 
 
-def _call(bank: Stacked, x: Tensor, offsets: Tensor, routing: tuple[Tensor | None, ...], rounding: str) -> Tensor:
+def _run_on_cpu(
+    bank: Stacked, x: Tensor, offsets: Tensor, routing: tuple[Tensor | None, ...], rounding: str
+) -> Tensor:
     x = as_autocast(x)
     gate, gate_bias = getattr(bank, "gate", None), getattr(bank, "gate_bias", None)
     parameters: tuple[Tensor | None, ...] = (gate, bank.up, bank.down, gate_bias, bank.up_bias, bank.down_bias)

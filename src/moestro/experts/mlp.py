@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from moestro.experts.activations import PLAIN, is_gated
 from moestro.experts.base import Experts
 from moestro.experts.few import run_few
-from moestro.experts.fused import check_kernel, rounding_of, rows_fused, run_fused
+from moestro.experts.fused import check_kernel, operator_of, rows_fused, run_fused
 from moestro.experts.single import FeedForward
 from moestro.experts.stacked import StackedLinear, hidden_slice
 from moestro.routing import Routing, SparseRouting
@@ -26,9 +26,10 @@ class MLP(Experts):
         activation: `relu`, `gelu`, `silu` or `squared_relu`.
         bias: whether the two maps add one.
         kernel: `fused` runs the whole bank as one operator on a CPU, `tiled` likewise in such a way that a row's
-            bits do not depend on the rows beside it; other names are back ends of the grouped product, see
-            `moestro.kernels`. `auto` takes the fastest.
-        recompute: whether the fused operator keeps nothing for the backward and computes the products again.
+            bits do not depend on the rows beside it, `triton` as kernels for a GPU; other names are back ends of
+            the grouped product, see `moestro.kernels`. `auto` takes the fastest on a CPU; on a GPU see
+            `moestro.kernels.triton.suits`.
+        recompute: whether a fused operator keeps nothing for the backward and computes the products again.
 
     Parameters: up `[experts, width, hidden]`, down `[experts, hidden, width]`, and biases
     up_bias `[experts, hidden]`, down_bias `[experts, width]`.
@@ -64,15 +65,15 @@ class MLP(Experts):
         few = run_few(self, x, routing)
         if few is not None:
             return few
-        rounding = rounding_of(self, x)
-        if rounding is None or not isinstance(routing, SparseRouting) or routing.scale == "input":
+        operator = operator_of(self, x)
+        if operator is None or not isinstance(routing, SparseRouting) or routing.scale == "input":
             return super().run(x, routing)
-        return run_fused(self, x, routing, rounding)
+        return run_fused(self, x, routing, operator)
 
     def forward(self, rows: Tensor, offsets: Tensor) -> Tensor:
-        rounding = rounding_of(self, rows)
-        if rounding is not None:
-            return rows_fused(self, rows, offsets, rounding)
+        operator = operator_of(self, rows)
+        if operator is not None:
+            return rows_fused(self, rows, offsets, operator)
         apply = StackedLinear(offsets, self.kernel)
         hidden = PLAIN[self.activation](apply(rows, self.up, self.up_bias))
         return apply(hidden, self.down, self.down_bias)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moestro.experts.fused import rounding_of, run_fused
+from moestro.experts.fused import operator_of, run_fused
 from moestro.experts.stacked import StackedLinear
 from moestro.hf.families import find_layers
 from moestro.kernels import as_autocast
@@ -40,9 +40,9 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     up = self.gate_up_proj if self.has_gate else self.up_proj
     x = _in_dtype_of(hidden_states, up)
     fused = _as_swiglu(self)
-    rounding = None if fused is None else rounding_of(fused, x)
-    if fused is not None and rounding is not None:
-        return run_fused(fused, x, routing, rounding).to(hidden_states.dtype)
+    operator = None if fused is None else operator_of(fused, x)
+    if fused is not None and operator is not None:
+        return run_fused(fused, x, routing, operator).to(hidden_states.dtype)
     rows = routing.dispatch(x)
     apply = StackedLinear(routing.offsets, "auto")
     up_bias, down_bias = _biases(self)

@@ -10,21 +10,23 @@ from torch import Tensor
 GroupedMatmul = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 _BACKENDS: dict[str, GroupedMatmul] = {}
+_DEVICES: dict[str, tuple[str, ...]] = {}
 
 
-def backend(name: str) -> Callable[[GroupedMatmul], GroupedMatmul]:
-    """Register a grouped matrix product under a name."""
+def backend(name: str, devices: tuple[str, ...] = ()) -> Callable[[GroupedMatmul], GroupedMatmul]:
+    """Register a grouped matrix product under a name, with the types of device that it runs on; none = all."""
 
     def register(function: GroupedMatmul) -> GroupedMatmul:
-        _BACKENDS[name] = function
+        _BACKENDS[name], _DEVICES[name] = function, devices
         return function
 
     return register
 
 
-def all_backends() -> tuple[str, ...]:
-    """Names that `grouped_matmul` accepts."""
-    return ("auto", *_BACKENDS)
+def all_backends(device_type: str | None = None) -> tuple[str, ...]:
+    """Names that `grouped_matmul` accepts; of a type of device (`cpu`, `cuda`), those that run there."""
+    names = (name for name, devices in _DEVICES.items() if not devices or device_type in (None, *devices))
+    return ("auto", *names)
 
 
 def check_backend(name: str) -> str:
@@ -45,7 +47,8 @@ def grouped_matmul(rows: Tensor, weight: Tensor, offsets: Tensor, backend: str =
         rows: grouped by expert, `[rows, width]`.
         weight: one matrix per expert, `[experts, width, out]`.
         offsets: where groups begin, rising from 0 to `rows`, `[experts + 1]` int64.
-        backend: `loop`, `padded`, `native`, `rounded`, or `auto`, which takes the one measured fastest.
+        backend: `loop`, `padded`, `native`, `rounded`, `triton` (on a GPU), or `auto`, which takes the one measured
+            fastest on a CPU, and torch's own on a GPU.
 
     Returns: `[rows, out]`.
 
