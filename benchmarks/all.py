@@ -93,7 +93,9 @@ def run(part: str, file: Path, arguments: argparse.Namespace) -> int:
 def keep(documents: list[dict[str, Any]]) -> None:
     """Write the JSON file and the page; parts that did not run this time keep their earlier figures."""
     facts = machine()
-    slug = re.sub(r"[^a-z0-9]+", "-", f"{facts['processor']} {facts['cores']} cores".lower()).strip("-")
+    slug = re.sub(
+        r"[^a-z0-9]+", "-", f"{facts.get('gpu', '')} {facts['processor']} {facts['cores']} cores".lower()
+    ).strip("-")
     path = HERE / "results" / f"{documents[0]['date']}-{slug}.json"
     path.parent.mkdir(exist_ok=True)
     earlier = json.loads(path.read_text()) if path.exists() else []

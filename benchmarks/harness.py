@@ -34,13 +34,17 @@ PLACES = ("--json", "--folder")
 
 
 def parse(description: str | None, *, repeat: int = 9, **options: Any) -> argparse.Namespace:
-    """The arguments that all benchmarks take, and one text option per keyword (its default); sets the threads."""
+    """The arguments that all benchmarks take, and one option per keyword (its default, False being a switch).
+
+    Sets the threads.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads of every product")
     parser.add_argument("--repeat", type=int, default=repeat, help="rounds that are measured")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     for name, default in options.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", default=default, type=type(default))
+        kind: dict[str, Any] = {"action": "store_true"} if default is False else {"type": type(default)}
+        parser.add_argument(f"--{name.replace('_', '-')}", default=default, **kind)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
@@ -87,6 +91,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
     }
 
 
@@ -118,7 +123,8 @@ class Report:
         self.rows: list[dict[str, Any]] = []
         self._columns: list[str] = []
         facts = machine()
-        print(f"{facts['processor']}, {facts['cores']} cores, torch {facts['torch']}, {arguments.threads} threads")
+        where = facts.get("gpu", facts["processor"])
+        print(f"{where}, {facts['cores']} cores, torch {facts['torch']}, {arguments.threads} threads")
 
     def add(self, **row: Any) -> None:
         """Print a row and keep it; None is printed as a dash."""
@@ -132,7 +138,11 @@ class Report:
         """Write the JSON file, if one was asked for."""
         if self.arguments.json is None:
             return
-        document = {
+        self.arguments.json.write_text(json.dumps(self.document(), indent=1) + "\n")
+
+    def document(self) -> dict[str, Any]:
+        """The rows, with all that one needs to run them again."""
+        return {
             "benchmark": self.name,
             "date": datetime.now(UTC).date().isoformat(),
             "commit": commit(),
@@ -142,7 +152,6 @@ class Report:
             "command": " ".join(["python", f"benchmarks/{self.name}.py", *_portable(sys.argv[1:])]),
             "rows": self.rows,
         }
-        self.arguments.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def _portable(words: list[str]) -> list[str]:
