@@ -33,6 +33,7 @@ def interpret(marks: str) -> None:
 
 
 @needs_triton
+@pytest.mark.timeout(1800)
 def test_the_kernels_pass_in_the_interpreter() -> None:
     interpret("not nightly")
 
