@@ -138,5 +138,6 @@ def test_two_ranks_are_one_process(tmp_path, monkeypatch):
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(900)  # four processes that import transformers on a busy machine of two cores
 def test_four_ranks_are_one_process(tmp_path, monkeypatch):
     spawn(tmp_path, 4, monkeypatch)
