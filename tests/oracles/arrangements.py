@@ -18,6 +18,7 @@ from moestro.data import Batch, Share
 from moestro.parallel import Mesh
 from moestro.train.build import mesh_shape
 from moestro.train.checkpoint_files import read_checkpoint, write_checkpoint
+from moestro.train.errors import NonFiniteLoss
 from moestro.train.fragments import Pieces
 from moestro.train.machine import choose_machine
 from moestro.train.optimiser import build_optimiser
@@ -130,6 +131,47 @@ def reshard(rank: int, folder: str, arrangements: list[Arrangement], method: str
                     (place / f"load{number}to{to}.json").write_text(json.dumps({"same": same, "third": third}))
 
 
+def guard(rank: int, folder: str) -> None:
+    """What every process says when one has a bad number; the step must not be taken."""
+    place, said = Path(folder), {}
+    for number, (kind, plant) in enumerate(PLANTED.items()):
+        with joined_by_file(place / f"guard{number}", rank, 4, 60) as team:
+            run = fresh(team, Arrangement(4, "data=2,expert=2"), "deepseek-v3", accumulate=2)
+            run.step(1)
+            plant(run)
+            before = [parameter.detach().clone() for parameter in run.model.parameters()]
+            try:
+                run.step(2)
+                message = "nothing"
+            except NonFiniteLoss as error:
+                message = str(error)
+            kept = [torch.equal(*pair) for pair in zip(before, run.model.parameters(), strict=True)]
+            said[kind] = team.gather([message, all(kept) or kind == "weight"])
+    if rank == 0:
+        (place / "guard.json").write_text(json.dumps(said))
+
+
+def _bad_weight(run: Run) -> None:
+    experts = run.model.layers[1].moe.experts
+    here = list(experts.placement.experts_of(experts.network.expert.rank))
+    if 3 in here:
+        experts.local.down.data[here.index(3), 0, 0] = float("nan")
+
+
+def _bad_output(run: Run) -> None:
+    if run.team.rank == 2:
+        run.model.layers[0].attention.output.register_forward_hook(lambda m, given, y: y * float("inf"))
+
+
+def _bad_gradient(run: Run) -> None:
+    if run.team.rank == 1:
+        parameter = run.model.layers[0].attention_norm.weight
+        parameter.register_hook(lambda gradient: gradient * float("nan"))
+
+
+PLANTED = {"weight": _bad_weight, "output": _bad_output, "gradient": _bad_gradient}
+
+
 def _same(run: Run, saved: Checkpoint) -> list[int]:
     """How many of the pieces that this process would write are bit for bit those saved, and how many not."""
     pieces, outcome = Pieces(saved.tensors), [0, 0]
@@ -151,4 +193,9 @@ def _all_here(place: Path, rank: int, processes: int = 4) -> None:
 
 
 def run_all(folder: Path, arrangements: list[Arrangement], method: str) -> None:
-    mp.spawn(reshard, args=(str(folder), arrangements, method), nprocs=4)
+    mp.spawn(_work, args=(str(folder), arrangements, method), nprocs=4)
+
+
+def _work(rank: int, folder: str, arrangements: list[Arrangement], method: str) -> None:
+    reshard(rank, folder, arrangements, method)
+    guard(rank, folder)

@@ -47,7 +47,22 @@ def test_every_arrangement_loads_what_every_other_saved(tmp_path, arrangements, 
             assert sum(good for good, _ in loaded["same"]) > 100, what
             assert abs(loaded["third"][0] - steps[2][0]) < 1e-6, what
             assert_close(torch.tensor(loaded["third"]), torch.tensor(steps[2]), rtol=1e-5, atol=1e-6)
+    bad_numbers(json.loads((tmp_path / "guard.json").read_text()))
     shards(tmp_path / f"step-{arrangements.index(GRID[3])}")
+
+
+def bad_numbers(said):
+    """One process's bad number ends the step of all before the optimiser's, with one message."""
+    named = {
+        "weight": "first in weight of layers.1.moe.experts[3].down on rank 1)",
+        "output": "first in output of layers.0.attention.output on rank 2)",
+        "gradient": "first in gradient of layers.0.attention_norm.weight on rank 1)",
+    }
+    assert said.keys() == named.keys()
+    for kind, everyones in said.items():
+        assert {message for message, _ in everyones} == {everyones[0][0]}
+        assert named[kind] in everyones[0][0]
+        assert all(kept for _, kept in everyones), kind
 
 
 def shards(folder):

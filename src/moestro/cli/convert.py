@@ -17,6 +17,7 @@ app = App(
 Examples:
   moestro convert mixtral-folder mixtral-fused --to fused
   moestro convert runs/first-seed0/model first.gguf --to gguf
+  moestro convert runs/four/checkpoint/step-00000100 four-hf
   moestro convert first.gguf first-again --to transformers
   moestro convert merged-by-mergekit stock --to transformers""",
 )
@@ -28,7 +29,7 @@ def convert(
     target: Path,
     /,
     *,
-    to: str,
+    to: str | None = None,
     dtype: str | None = None,
     max_shard_size: Whole = 5_000_000_000,
     json: Annotated[bool, Parameter(negative=(), show_default=False)] = False,
@@ -39,9 +40,12 @@ def convert(
     checked before anything is written and the target appears whole or not at all.
 
     Args:
-        source: a model folder of transformers or moestro, or a GGUF file.
+        source: a model folder of transformers or moestro, a GGUF file, a run of `moestro train`, whose newest
+            checkpoint is taken, or a checkpoint, saved by any number of processes.
         target: a folder, or with `--to gguf` a file, that does not exist yet.
-        to: transformers, fused, mergekit, gguf or moestro; also per-expert, w1w2w3, transposed, interleaved.
+        to: transformers, fused, mergekit, gguf or moestro; also per-expert, w1w2w3, transposed, interleaved. A
+            checkpoint becomes transformers or moestro [default, of a checkpoint only: transformers if a stock
+            architecture computes exactly this model, else moestro].
         dtype: only with `--to gguf`: F32, F16, BF16, Q8_0, Q5_1, Q5_0, Q4_1 or Q4_0 [default: that of the model].
         max_shard_size: bytes of one file of a folder.
         json: print what was done for machines.
@@ -49,9 +53,21 @@ def convert(
     import dataclasses
 
     from moestro.hf.convert import convert as convert_model
+    from moestro.hf.from_training import write_trained
+    from moestro.train.checkpoint_model import CheckpointModel, is_checkpoint_or_run
 
     with _Bar() as bar:
-        done = convert_model(source, target, to, dtype=dtype, max_shard_size=max_shard_size, progress=bar.show)
+        if is_checkpoint_or_run(source):
+            if dtype is not None:
+                raise ValueError(
+                    f"dtype={dtype} has no meaning for a folder, which keeps the bits it has; leave it out"
+                )
+            trained = CheckpointModel(source)
+            done = write_trained(trained, target, to, max_shard_size=max_shard_size, progress=bar.show)
+        elif to is None:
+            raise ValueError("say what to convert the model to, for example --to transformers")
+        else:
+            done = convert_model(source, target, to, dtype=dtype, max_shard_size=max_shard_size, progress=bar.show)
     if json:
         print_json(dataclasses.asdict(done) | {"path": str(done.path)})
         return

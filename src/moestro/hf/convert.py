@@ -69,7 +69,7 @@ def convert(
     """
     source, target = Path(source), Path(target)
     _check_request(to, dtype, max_shard_size)
-    _refuse_existing(target)
+    refuse_existing(target)
     if source.is_file():
         return _from_gguf(source, target, to, max_shard_size, progress)
     with StockFolder(source) as folder:
@@ -91,7 +91,7 @@ def _check_request(to: str, dtype: str | None, max_shard_size: int) -> None:
 
 def _relayout(folder: StockFolder, target: Path, to: str, max_shard_size: int, progress: Progress) -> Converted:
     plan = Relayout(folder, to)
-    _check_space(target, plan.nbytes)
+    check_space(target, plan.nbytes)
     with write_folder(target) as staging:
         plan.write(staging, max_shard_size, progress)
     opens = "transformers" if to in plan.family.opens else "moestro"
@@ -106,7 +106,7 @@ def _own_layout(folder: StockFolder, target: Path, to: str, progress: Progress) 
         raise ValueError(f"a folder in our own layout becomes one of transformers, not {to}; convert that one on")
     rewrite = to_own_layout if to == "moestro" else to_stock_layout
     nbytes = sum(entry.nbytes for entry in folder.tensors.values())
-    _check_space(target, nbytes)
+    check_space(target, nbytes)
     with write_folder(target) as staging:
         count = rewrite(folder, staging, progress)
     source = "moestro" if folder.model_type == "moestro" else "transformers"
@@ -117,7 +117,7 @@ def _to_gguf(folder: StockFolder, target: Path, dtype: str | None, progress: Pro
     from moestro.hf.gguf_write import GGUFPlan
 
     plan = GGUFPlan(folder, dtype)
-    _check_space(target, plan.nbytes)
+    check_space(target, plan.nbytes)
     with _whole_file(target) as staging:
         plan.write(staging, progress)
     layout = f"gguf {plan.dtype}"
@@ -130,7 +130,7 @@ def _from_gguf(source: Path, target: Path, to: str, max_shard_size: int, progres
     if to != "transformers":
         raise ValueError(f"a GGUF file becomes a folder of transformers, not {to}; convert that folder on")
     plan = GGUFSource(source)
-    _check_space(target, plan.nbytes)
+    check_space(target, plan.nbytes)
     with write_folder(target) as staging:
         plan.write(staging, max_shard_size, progress)
     kind = str(plan.config["model_type"])
@@ -149,12 +149,12 @@ def _whole_file(target: Path) -> Iterator[Path]:
         staging.unlink(missing_ok=True)
 
 
-def _refuse_existing(target: Path) -> None:
+def refuse_existing(target: Path) -> None:
     if target.is_symlink() or (target.exists() and not (target.is_dir() and not any(target.iterdir()))):
         raise ValueError(f"{target} exists; choose another place or remove it first")
 
 
-def _check_space(target: Path, nbytes: int) -> None:
+def check_space(target: Path, nbytes: int) -> None:
     parent = next(path for path in (target.absolute(), *target.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(parent).free
     if free < nbytes:

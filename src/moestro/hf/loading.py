@@ -163,7 +163,7 @@ def _rewrite(folder: StockFolder, target: Path, choice: Choice, progress: Progre
     _check_names(before, tensors, model)
     model.to(tensors.dtype)
     after = {rule.ours: rule for rule in choice.layout.rules(model)}
-    new = list(_new_tensors(after.values(), model.state_dict()))
+    new = list(new_tensors(after.values(), model.state_dict()))
     eos = folder.config.get("eos_token_id")
     write_json(target / "config.json", model_config(model, choice, eos if isinstance(eos, int) else None))
     copy_beside(folder, target)
@@ -178,7 +178,7 @@ def _rewrite(folder: StockFolder, target: Path, choice: Choice, progress: Progre
     return len(new)
 
 
-def _new_tensors(rules: Iterable[Rule], state: Mapping[str, Tensor]) -> Iterator[NewTensor]:
+def new_tensors(rules: Iterable[Rule], state: Mapping[str, Tensor]) -> Iterator[NewTensor]:
     for rule in rules:
         parts = rule.split(state[rule.ours])
         yield from (

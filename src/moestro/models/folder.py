@@ -60,8 +60,7 @@ def save_model(model: DecoderLM, folder: str | Path, tokenizer: SavesItself | No
     eos = None if tokenizer is None else tokenizer.eos_id
     tensors = to_theirs(choice.layout.rules(model), _cpu_state(model))
     with write_folder(Path(folder)) as staging:
-        _write_json(staging / "config.json", model_config(model, choice, eos))
-        _write_json(staging / "generation_config.json", {"do_sample": False} | _special_tokens(eos))
+        write_settings(staging, model, choice, eos)
         save_file(tensors, staging / "model.safetensors", metadata={"format": "pt"})
         if tokenizer is not None:
             tokenizer.save(staging)
@@ -91,6 +90,12 @@ def load_model(folder: str | Path) -> DecoderLM:
 
 def _cpu_state(model: DecoderLM) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+
+
+def write_settings(folder: Path, model: DecoderLM, choice: Choice, eos: int | None) -> None:
+    """Write config.json and generation_config.json; the model may live on the meta device."""
+    _write_json(folder / "config.json", model_config(model, choice, eos))
+    _write_json(folder / "generation_config.json", {"do_sample": False} | _special_tokens(eos))
 
 
 def model_config(model: DecoderLM, choice: Choice, eos: int | None = None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moestro.experts import Experts
+from moestro.experts.parallel import ParallelExperts
 from moestro.routing import Decision
 
 
@@ -176,8 +177,13 @@ def tensor_name(model: nn.Module, name: str, tensor: Tensor) -> str:
     owner, _, leaf = name.rpartition(".")
     bank = model.get_submodule(owner) if owner else model
     if isinstance(bank, Experts) and tensor.ndim > 1 and len(tensor) == bank.num_experts:
-        expert = next(index for index, part in enumerate(tensor) if not _finite(part))
-        return f"{owner}[{expert}].{leaf}"
+        place = next(index for index, part in enumerate(tensor) if not _finite(part))
+        whole, _, local = owner.rpartition(".")
+        around = model.get_submodule(whole) if whole else model
+        if local == "local" and isinstance(around, ParallelExperts):  # by its number in the model, not here
+            here = around.network.mesh.experts.get_local_rank("expert")
+            return f"{whole}[{around.placement.experts_of(here)[place]}].{leaf}"
+        return f"{owner}[{place}].{leaf}"
     return name
 
 

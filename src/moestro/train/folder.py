@@ -15,7 +15,8 @@ from moestro.train.recipe_errors import differing_keys
 RECIPE = "recipe.yaml"
 RECORDS = ("metrics.jsonl", "evaluations.jsonl", "routing.jsonl", "events.jsonl")
 FILES = (RECIPE, *RECORDS, "result.json", "specialisation.json", "report.html")
-FOLDERS = ("model", "checkpoint", "repro", "twin")
+TOKENIZER = "tokenizer"
+FOLDERS = ("model", "checkpoint", "repro", "twin", TOKENIZER)
 
 
 def check_folder(out: Path, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:

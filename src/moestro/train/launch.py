@@ -153,7 +153,11 @@ def _outcome(folder: Path, started: Sequence[_Process], out: Path) -> dict[str, 
         raise LostProcess(_death(killed[0], len(started), out))
     told = [report for report in reports.values() if report.get("kind") not in (None, "result")]
     if told:  # of those that name a reason, not just the loss of another
-        raise _error(min(told, key=lambda report: (report["kind"] == "LostProcess", report["rank"])))
+        first = min(told, key=lambda report: (report["kind"] == "LostProcess", report["rank"]))
+        if sum(report["message"] == first["message"] for report in told) == 1 < len(started):
+            whose = f"rank {first['rank']}: "
+            first["message"] = whose + first["message"].removeprefix(whose)
+        raise _error(first)
     bad = sorted((each for each in started if each.bad), key=lambda each: each.ended)
     if bad:
         code = bad[0].popen.returncode

@@ -19,7 +19,7 @@ from moestro.train.alike import check_alike, check_same_text
 from moestro.train.build import build_corpus, build_mesh, build_model, training_batches, validation_batches
 from moestro.train.checkpoints import checkpoint_table
 from moestro.train.files import read_lines, write_json
-from moestro.train.folder import RECIPE, check_folder, claim_folder, has_run, remove_run
+from moestro.train.folder import RECIPE, TOKENIZER, check_folder, claim_folder, has_run, remove_run
 from moestro.train.interrupt import Interrupt
 from moestro.train.lock import writing
 from moestro.train.machine import Machine, choose_machine, repeatable
@@ -98,6 +98,7 @@ def train_models(
             if dead is not None:
                 progress.say(f"process {dead}, which wrote this run before, died without giving it back")
             team.by_first(lambda: claim_folder(out, recipe, resume=resuming))
+            team.by_first(lambda: corpus.tokenizer.save(out / TOKENIZER))
             return _train(around, model, out)
 
 
