@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.multiprocessing as mp
+from oracles.faulty_disk import FULL, Counter, fail, intercepted
 
 import moestro
 from moestro.balance import RoutingLog
@@ -75,7 +76,8 @@ def shared(batch: Batch, share: Share) -> Batch:
     return Batch(batch.tokens[pick], batch.targets[pick], batch.domain[pick], batch.num_bytes)
 
 
-def fresh(team: Team, arrangement: Arrangement, method: str, accumulate: int = 1, statistics="micro-batch") -> Run:
+def fresh(team: Team, arrangement: Arrangement, method: str, accumulate: int = 1) -> Run:
+    """In float64, so that another order of additions is all but invisible."""
     model = moestro.build_language_model(
         vocab_size=16,
         width=8,
@@ -87,13 +89,14 @@ def fresh(team: Team, arrangement: Arrangement, method: str, accumulate: int = 1
         expert_hidden=8,
         seed=0,
     )
+    model.double()
     mesh = None if team.size == 1 else Mesh(mesh_shape(arrangement.mesh, team.size, EXPERTS))
     settings = ParallelSection(shard_optimiser=arrangement.shard_optimiser, transport=arrangement.transport)
     part = take_part(model, team, mesh, settings)
     optimiser = build_optimiser(model, learning_rate=0.01, weight_decay=0.1, betas=(0.9, 0.95), kept=part.keeps)
-    machine, log = choose_machine("cpu", "float32", 1), RoutingLog(model)
-    settings = {"accumulate": accumulate, "statistics": statistics, "exchange": part.exchange}
-    return Run(team, model, optimiser, part, Stepper(model, optimiser, machine, log, **settings))
+    machine, log = choose_machine("cpu", "float64", 1), RoutingLog(model)
+    stepper = Stepper(model, optimiser, machine, log, accumulate=accumulate, exchange=part.exchange)
+    return Run(team, model, optimiser, part, stepper)
 
 
 @contextmanager
@@ -147,8 +150,24 @@ def guard(rank: int, folder: str) -> None:
                 message = str(error)
             kept = [torch.equal(*pair) for pair in zip(before, run.model.parameters(), strict=True)]
             said[kind] = team.gather([message, all(kept) or kind == "weight"])
+    said["full disk"] = _full_disk(rank, place)
     if rank == 0:
         (place / "guard.json").write_text(json.dumps(said))
+
+
+def _full_disk(rank: int, place: Path) -> list[str]:
+    """What every process says of a save that fails in one of them, and what that save leaves."""
+    with joined_by_file(place / "full", rank, 4, 60) as team:
+        run = fresh(team, Arrangement(4, "expert=4"), "mixtral")
+        with intercepted(Counter(1, fail(FULL)) if rank == 2 else Counter(), ("fsync",)):
+            try:
+                write_checkpoint(place / "full-step", run.capture(0), team)
+                message = "nothing"
+            except OSError as error:
+                message = str(error)
+        team.gather(None)
+        left = sorted(path.name for path in place.glob("full-step*"))
+        return [*team.gather(message), *left]
 
 
 def _bad_weight(run: Run) -> None:

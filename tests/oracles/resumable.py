@@ -84,7 +84,8 @@ def all_cases() -> list[Case]:
     cases += [Case(method.name, options) for method in methods for options in other_options(method)]
     cases += [Case(name, options) for name, options in MORE.items()]
     steps: list[dict[str, Any]] = [{"accumulate": 2}, {"accumulate": 2, "statistics": "step"}, {"clip": 0.0}]
-    cases += [Case("deepseek-v3", step=step) for step in [*steps, {"precision": "bfloat16"}, {"layers": "pooled"}]]
+    steps += [{"precision": "bfloat16"}, {"precision": "float64"}, {"layers": "pooled"}]
+    cases += [Case("deepseek-v3", step=step) for step in steps]
     return cases + [Case(schedule=name) for name in ("wsd", "constant")]
 
 
@@ -121,7 +122,7 @@ class Life:
 
     def __init__(self, case: Case):
         self.machine = choose_machine("cpu", case.step.get("precision", "float32"), 1)
-        self.model = build_model(case)
+        self.model = build_model(case).to(self.machine.weights)
         self.optimiser = build_optimiser(self.model, learning_rate=0.02, weight_decay=0.1, betas=(0.9, 0.95))
         self.log = moestro.RoutingLog(self.model, case.step.get("layers", "sum"))
         settings = {key: value for key, value in case.step.items() if key not in ("precision", "layers")}

@@ -92,6 +92,7 @@ def _num_domains(recipe: Recipe) -> int | None:
 
 def _needs(recipe: Recipe, model: DecoderLM, machine: Machine, available: int) -> dict[str, Any]:
     rows = recipe.train.batch_size // recipe.train.accumulate
+    model = model.to(machine.weights)
     found = plan_model(model, batch_size=rows, length=recipe.data.sequence_length, precision=machine.precision)
     return {
         "parameters": dataclasses.asdict(found.counts),
@@ -109,7 +110,8 @@ def _probe(recipe: Recipe, blueprint: DecoderLM, machine: Machine, steps: int = 
     """Tokens per second of whole training steps on random tokens: the median after one to warm up."""
     shape = (recipe.train.batch_size, recipe.data.sequence_length)
     with repeatable(machine):
-        model = build_language_model(**blueprint.config, seed=recipe.seed).to(machine.device)
+        model = build_language_model(**blueprint.config, seed=recipe.seed)
+        model.to(machine.device, machine.weights)
         stepper = _stepper(recipe, model, machine)
         seconds = [_timed(stepper, model.vocab_size, shape) for _ in range(steps + 1)]
     return shape[0] * shape[1] / statistics.median(seconds[1:])

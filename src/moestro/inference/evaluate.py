@@ -104,7 +104,7 @@ def _score(
 
 
 def autocast(device: str, precision: torch.dtype | None) -> AbstractContextManager[object]:
-    """Autocast to `precision`; nothing when it is None or float32."""
-    if precision in (None, torch.float32):
+    """Autocast to `precision`; nothing when it is None, float32 or float64."""
+    if precision in (None, torch.float32, torch.float64):
         return nullcontext()
     return torch.autocast(device, dtype=precision)

@@ -114,7 +114,7 @@ class Exchanging(Exchange):
         self._gradients.reduce(mean=False)
 
     def norm(self, model: nn.Module) -> Tensor:
-        return self._gradients.norm().float()
+        return self._gradients.norm().to(next(model.parameters()).dtype)
 
     def summed(self, values: Tensor) -> Tensor:
         values = values.clone()

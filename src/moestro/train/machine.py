@@ -19,7 +19,7 @@ class Machine:
 
     Attributes:
         device: of the model.
-        precision: float32, or bfloat16 through autocast (weights and optimiser stay float32).
+        precision: float32, or bfloat16 through autocast (weights and optimiser stay float32), or float64 of all.
         why: the reason of the precision, in words.
         threads: CPU threads.
     """
@@ -32,6 +32,11 @@ class Machine:
     @property
     def precision_name(self) -> str:
         return str(self.precision).removeprefix("torch.")
+
+    @property
+    def weights(self) -> torch.dtype:
+        """The dtype of weights and of the optimiser's state."""
+        return torch.float64 if self.precision == torch.float64 else torch.float32
 
     def autocast(self) -> torch.autocast:
         """Matrix products in bfloat16 where that is the precision; nothing otherwise."""
@@ -51,7 +56,7 @@ def choose_machine(
 
     Args:
         device: auto (the first CUDA device, else the CPU), cpu, cuda or cuda:N.
-        precision: auto (bfloat16 where the processor multiplies it in hardware), float32 or bfloat16.
+        precision: auto (bfloat16 where the processor multiplies it in hardware), float32, bfloat16 or float64.
         threads: CPU threads; 0 = OMP_NUM_THREADS if set, else every core this process may use.
         local_rank: which of the processes of a run on this computer asks; each has a CUDA device of its own.
         sharing: how many they are; they share the cores.

@@ -90,8 +90,8 @@ class TrainSection(Section):
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW first-moment decay")
     beta2: float = Field(0.95, ge=0, lt=1, description="AdamW second-moment decay")
     clip: float = Field(1.0, ge=0, description="gradient-norm clip; 0 = none")
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto = bfloat16 if the hardware has it"
+    precision: Literal["auto", "float32", "bfloat16", "float64"] = Field(
+        "auto", description="auto = bfloat16 if the hardware has it; float64 to compare runs to the last digit"
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     threads: int = Field(0, ge=0, description="CPU threads; 0 = OMP_NUM_THREADS if set, else every core")

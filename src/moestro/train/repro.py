@@ -116,7 +116,7 @@ def _stepper(recipe: Recipe, facts: dict[str, Any], state: Checkpoint, machine: 
     )
     if facts["dense"] and recipe.model.method:
         model = model.dense_twin(recipe.seed)
-    model.to(machine.device)
+    model.to(machine.device, machine.weights)
     optimiser = build_optimiser(
         model,
         learning_rate=settings.learning_rate,

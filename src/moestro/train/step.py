@@ -133,7 +133,7 @@ class Stepper:
         """Logits `[tokens, classes]` of each pass that the objective wants."""
         with self.machine.autocast():
             passes = [self._forward(tokens, domain=domain) for _ in range(self.objective.passes)]
-        return [logits.float().flatten(0, 1) for logits in passes]
+        return [_wide(logits).flatten(0, 1) for logits in passes]
 
     def _backward(
         self, tokens: Tensor, domain: Tensor, targets: Tensor, weight: float, totals: StepTotals | None
@@ -215,7 +215,8 @@ _WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32}  # their 
 
 
 def _wide(value: Tensor) -> Tensor:
-    return value if value.dtype == torch.float32 else value.float()
+    """float32 at least."""
+    return value if value.dtype in (torch.float32, torch.float64) else value.float()
 
 
 _ADVICE = "lower train.learning_rate, lengthen train.warmup_fraction or use train.precision float32"

@@ -89,7 +89,8 @@ class Training:
         self.name, self.folder, self.around = name, folder, around
         self.settings = around.recipe.train
         self.counts = model.parameter_counts()
-        self.part = take_part(model.to(around.machine.device), around.team, around.mesh, around.recipe.parallel)
+        model.to(around.machine.device, around.machine.weights)
+        self.part = take_part(model, around.team, around.mesh, around.recipe.parallel)
         self.model = model
         sparse = any(isinstance(module, MoE) for module in model.modules())
         self.log = RoutingLog(model, self.settings.layers) if sparse else None
