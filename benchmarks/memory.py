@@ -1,9 +1,10 @@
 """Peak memory of activations, forward and backward: the fused bank, other kernels, dense layers of equal FLOPs.
 
-Counts every allocation of any thread that torch's profiler sees from the start of forward to the end of backward,
-except those of a whole parameter's size: the gradients of weights. Token counts are such that no activation has
-that size. `of_dense` is against the leanest dense layer, `of_plain_dense` against three products under autograd;
-both have routing indices taken off the bank's side.
+Counts every allocation that torch's profiler sees in the calling thread from the start of forward to the end of
+backward, except those of a whole parameter's size: the gradients of weights. Token counts are such that no activation
+has that size. The bank's other threads work in memory that the caller allocated; only the copies of small experts'
+weights are their own. `of_dense` is against the leanest dense layer, `of_plain_dense` against three products under
+autograd; both have routing indices taken off the bank's side.
 
     python benchmarks/memory.py [--tokens 520,4104]
 """
@@ -16,14 +17,12 @@ import torch
 from harness import Report, parse
 from limits import SHAPES, bank, dense_layers, routed
 from torch import Tensor
-from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(step: Callable[[], object], but: set[int]) -> int:
     """The most bytes alive at once that the step itself allocated, leaving out allocations of the sizes `but`."""
-    everywhere = _ExperimentalConfig(profile_all_threads=True)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, experimental_config=everywhere) as record:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         step()
     events = record.profiler.kineto_results.events()
     changes = sorted(
