@@ -1,10 +1,10 @@
 """Peak memory of activations, forward and backward: the fused bank, other kernels, dense layers of equal FLOPs.
 
 Counts every allocation that torch's profiler sees in the calling thread from the start of forward to the end of
-backward, except those of a whole parameter's size: the gradients of weights. Token counts are such that no activation
-has that size. The bank's other threads work in memory that the caller allocated; only the copies of small experts'
-weights are their own. `of_dense` is against the leanest dense layer, `of_plain_dense` against three products under
-autograd; both have routing indices taken off the bank's side.
+backward, except those of a whole parameter's size: the gradients of weights. Token counts are such that no
+activation has that size. The bank's other threads work in memory that the caller allocated; only the copies of
+small experts' weights are their own. `of_dense` is against the leanest dense layer, `of_plain_dense` against three
+products under autograd; both have routing indices taken off the bank's side.
 
     python benchmarks/memory.py [--tokens 520,4104]
 """
