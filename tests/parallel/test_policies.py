@@ -135,3 +135,11 @@ def test_replicas_even_out_one_hot_expert():
 def test_what_cannot_be_is_refused(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+def test_no_policy_sees_what_it_is_measured_on():
+    first, *later = np.random.default_rng(0).random((3, 20, 8))
+    tried = [policy_gains(np.concatenate([first, each]), Cluster(4, slots=12)) for each in later]
+    for one, other in zip(*tried, strict=True):
+        assert one.placement == other.placement, one.policy
+        assert one.balancedness != other.balancedness
