@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from moestro.experts import Experts
 from moestro.experts.parallel import ParallelExperts, parallel_banks
@@ -14,6 +15,7 @@ from moestro.experts.replicas import join_replicas
 from moestro.layers.moe import MoE
 from moestro.parallel import Mesh, Network, Placement, Transport
 from moestro.parallel.gradients import squared_norm, sum_gradients
+from moestro.routers.output_gate import OutputGate
 
 
 def spread(
@@ -58,6 +60,9 @@ def spread(
 
     for moe in layers:
         moe.experts = moe.experts.replace_bank(make)
+        for router in moe.router.modules():
+            if isinstance(router, OutputGate):
+                router.look_at(moe.experts)
         for controller in moe.controllers:
             controller.group = mesh.dense
     return network
@@ -70,7 +75,8 @@ class Gradients:
 
     Dense parameters add up over all ranks that see different tokens. An expert's gradient already holds the tokens
     of its `expert` group, so it adds up over `replicas` only, and over the slots of one expert. Both are divided by
-    the same number, so that the result is the gradient of one loss (Liu et al. 2025).
+    the same number, so that the result is the gradient of one loss (Liu et al. 2025). What FSDP2 shards over
+    `mesh.tokens["dense"]` (`fully_shard` with the experts as `ignored_params`) it has averaged itself.
 
     Args:
         model: after `spread`.
@@ -80,7 +86,9 @@ class Gradients:
     def __init__(self, model: nn.Module, mesh: Mesh) -> None:
         self.mesh, self._banks = mesh, [bank for _, bank in parallel_banks(model)]
         of_experts = {id(p) for bank in self._banks for p in bank.parameters()}
-        self._dense = [p for p in model.parameters() if id(p) not in of_experts]
+        dense = [p for p in model.parameters() if id(p) not in of_experts]
+        self._dense = [p for p in dense if not isinstance(p, DTensor)]
+        self._sharded = [p for p in dense if isinstance(p, DTensor)]
 
     @torch.no_grad()
     def reduce(self, mean: bool = True) -> None:
@@ -92,6 +100,9 @@ class Gradients:
         """
         divisor = self.mesh.shape.dense if mean else 1
         sum_gradients(self._dense, self.mesh.dense, 1 / divisor)
+        for p in self._sharded:
+            if p.grad is not None and not mean:
+                p.grad.mul_(self.mesh.shape.dense)
         for bank in self._banks:
             sum_gradients(bank.parameters(), self.mesh.replicas, 1 / (divisor * bank.times_counted))
             join_replicas(bank)
@@ -102,7 +113,10 @@ class Gradients:
         experts = torch.zeros((), dtype=torch.float64)
         for bank in self._banks:
             experts = experts + bank.squared_gradient().to(experts.device)
-        dense = squared_norm(self._dense)
+        dense, sharded = squared_norm(self._dense), squared_norm(self._sharded)
+        if self._sharded:
+            dist.all_reduce(sharded, group=self.mesh.dense)
+        dense = dense.to(sharded.device) + sharded
         experts = experts.to(dense.device)
         for group in (self.mesh.expert, self.mesh.tensor):
             dist.all_reduce(experts, group=group)
@@ -123,5 +137,6 @@ class Gradients:
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         yield from self._dense
+        yield from self._sharded
         for bank in self._banks:
             yield from bank.parameters()

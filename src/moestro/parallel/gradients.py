@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 BUCKET = 25_000_000  # numbers that travel at once
 
@@ -32,8 +33,9 @@ def sum_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup, 
 
 
 def squared_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The sum of squares of all gradients, in float64."""
-    squares = [p.grad.detach().double().square().sum() for p in parameters if p.grad is not None]
+    """The sum of squares of all gradients, in float64; of those sharded over ranks, of what is here."""
+    grads = [p.grad.detach() for p in parameters if p.grad is not None]
+    squares = [(g.to_local() if isinstance(g, DTensor) else g).double().square().sum() for g in grads]
     return torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
 
 

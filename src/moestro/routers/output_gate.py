@@ -46,6 +46,10 @@ class OutputGate(Router):
         self.temperature = nn.Parameter(torch.ones(()))
         self.register_buffer("active", torch.ones(num_experts, dtype=torch.bool))
 
+    def look_at(self, experts: nn.Module) -> None:
+        """Judge these experts from now on: the layer's, where they are replaced."""
+        self._experts = (experts,)
+
     def keep(self, experts: Sequence[int]) -> None:
         """Use only these experts from now on; their weights are renormalised, nothing is retrained.
 
