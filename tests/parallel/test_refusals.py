@@ -10,7 +10,7 @@ MESSAGES = {
     "merging": "mixing parameters is not supported with expert parallelism; use expert=1",
     "no layer": "no MoE layer to spread",
     "twice": "spread a model once",
-    "unknown": "unknown transport 'teleport'; choose one of linear, ",
+    "unknown": "unknown transport 'teleport'; choose one of capacity, ",
     "nothing to drop": "there is nothing to drop",
     "tokens inside": "take a transport of rows inside",
     "not stacked": "ModuleExperts is not stacked",
