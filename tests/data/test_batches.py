@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moestro.data import Batches, write_tokens
+from moestro.data import Batches, Share, write_tokens
 from moestro.data.batches import permute
 
 
@@ -103,3 +103,17 @@ def test_bad_sizes_and_steps_are_refused(tmp_path):
         Batches(file, batch_size=0, length=10)
     with pytest.raises(ValueError, match="steps count from 0"):
         Batches(file, batch_size=1, length=10).at(-1)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_processes_share_every_micro_batch_and_together_read_what_one_does(tmp_path, shuffle):
+    file = counting(tmp_path, 10 * 23 + 4)
+    whole = Batches(file, batch_size=8, length=10, seed=3, shuffle=shuffle)
+    accumulate = 2 if shuffle else 1
+    shares = [Batches(file, 8, 10, seed=3, shuffle=shuffle, share=Share(rank, 2, accumulate)) for rank in range(2)]
+    for step in range(4):
+        batch, parts = whole.at(step), [share.at(step) for share in shares]
+        for micro, tokens in enumerate(batch.tokens.chunk(accumulate)):
+            mine = [part.tokens.chunk(accumulate)[micro] if shuffle else part.tokens for part in parts]
+            assert torch.equal(torch.cat(mine), tokens)
+        assert sum(part.num_bytes for part in parts) == batch.num_bytes
