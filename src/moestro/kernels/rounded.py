@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from moestro.kernels.grouped import backend
+from moestro.kernels.registered import registered
 
 
 @backend("rounded")
@@ -21,8 +21,7 @@ def rounded(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     and then overwritten by the groups they belong to. Any size and dtype; experts without rows cost nothing.
     Shapes: rows `[rows, width]`, weight `[experts, width, out]`, offsets `[experts + 1]` -> `[rows, out]`.
     """
-    result: Tensor = _Rounded.apply(rows.contiguous(), weight, offsets)
-    return result
+    return _multiply(rows, weight, offsets)
 
 
 def round_up(count: int) -> int:
@@ -31,31 +30,11 @@ def round_up(count: int) -> int:
     return -(-count // step) * step
 
 
-class _Rounded(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-        ctx.bounds = offsets.tolist()
-        ctx.save_for_backward(rows, weight)
-        return _products(rows, weight, ctx.bounds)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight = ctx.saved_tensors
-        grad, grad_rows, grad_weight = grad.contiguous(), None, None
-        if ctx.needs_input_grad[0]:
-            grad_rows = _products(grad, weight.transpose(1, 2), ctx.bounds)
-        if ctx.needs_input_grad[1]:
-            grad_weight = torch.zeros_like(weight)
-            for e, (start, stop) in enumerate(pairwise(ctx.bounds)):
-                if start < stop:
-                    torch.mm(_padded(rows, start, stop).t(), _padded(grad, start, stop), out=grad_weight[e])
-        return grad_rows, grad_weight, None
-
-
-def _products(rows: Tensor, weight: Tensor, bounds: list[int]) -> Tensor:
+def _product(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """`rows[start:stop] @ weight[e]` for every group, in order: a group overwrites what the one before spilt."""
+    rows = rows.contiguous()
     out = rows.new_empty(len(rows), weight.shape[2])
-    for e, (start, stop) in enumerate(pairwise(bounds)):
+    for e, (start, stop) in enumerate(pairwise(offsets.tolist())):
         end = start + round_up(stop - start)
         if start == stop:
             continue
@@ -64,6 +43,18 @@ def _products(rows: Tensor, weight: Tensor, bounds: list[int]) -> Tensor:
         else:
             out[start:stop] = (_padded(rows, start, stop) @ weight[e])[: stop - start]
     return out
+
+
+def _outer(rows: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
+    """`rows[start:stop]^T @ grad[start:stop]` for every group, zero for those without rows."""
+    out = rows.new_zeros(len(offsets) - 1, rows.shape[1], grad.shape[1])
+    for e, (start, stop) in enumerate(pairwise(offsets.tolist())):
+        if start < stop:
+            torch.mm(_padded(rows, start, stop).t(), _padded(grad, start, stop), out=out[e])
+    return out
+
+
+_multiply = registered("rounded", _product, _outer)
 
 
 def _padded(rows: Tensor, start: int, stop: int) -> Tensor:
