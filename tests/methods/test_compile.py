@@ -7,12 +7,12 @@ import torch
 from methods.test_conformance import METHODS, context, fits, make
 from torch.fx import GraphModule
 
+from moestro.experts import all_kernels
 from moestro.methods import Method
 
 # what torch does itself while it traces an autograd function
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 EVERY = [method for method in METHODS if method.causal and method.family == "token-choice"]
-BRANCHES_IN_TRAINING = {"gating-dropout"}  # one draw per call decides whether anyone is served
 # One of each kind of part; the nightly run has them all.
 SMALL = {
     "deepseek-v3",
@@ -65,14 +65,13 @@ def test_evaluation_compiles_into_one_graph(method: Method) -> None:
     check_one_graph(method, training=False)
 
 
-@pytest.mark.nightly
-@pytest.mark.parametrize("method", [m for m in EVERY if m.name not in BRANCHES_IN_TRAINING], ids=lambda m: m.name)
+@pytest.mark.parametrize("method", methods_for_tests(EVERY, {"gating-dropout"}))
 def test_training_compiles_into_one_graph(method: Method) -> None:
     check_one_graph(method, training=True)
 
 
 @pytest.mark.parametrize("training", [pytest.param(False, marks=pytest.mark.nightly), True])
-@pytest.mark.parametrize("kernel", ["loop", "padded", "fused", "tiled"])
+@pytest.mark.parametrize("kernel", [name for name in all_kernels("cpu") if name != "auto"])
 def test_back_ends_compile_into_one_graph(kernel: str, training: bool) -> None:
     (mixtral,) = [method for method in METHODS if method.name == "mixtral"]
     check_one_graph(mixtral, training, kernel)

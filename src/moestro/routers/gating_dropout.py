@@ -32,18 +32,17 @@ class SkipLayer(Capacity):
         self.probability = probability
 
     def forward(self, chosen: Selection, weight: Tensor, num_experts: int, context: Context) -> Selection:
-        drops = self.training and self._draw(weight.device)
-        return self.replaced(chosen, num_experts, context) if drops else chosen
+        if not self.training:
+            return chosen
+        drops = shared_draw(torch.rand(1, device=weight.device)) < self.probability
+        return self.replaced(chosen, drops, num_experts, context)
 
-    def replaced(self, chosen: Selection, num_experts: int, context: Context) -> Selection:
-        """What a call that drops does instead."""
-        return chosen.restricted(torch.zeros_like(chosen.index, dtype=torch.bool))
+    def replaced(self, chosen: Selection, drops: Tensor, num_experts: int, context: Context) -> Selection:
+        """What a call does that drops; `drops [1]` bool stays a tensor: neither host nor compiler asks for it."""
+        return chosen.restricted(~drops.unsqueeze(1))
 
     def causal(self, k: int) -> bool:
         return True
-
-    def _draw(self, device: torch.device) -> bool:
-        return bool(shared_draw(torch.rand(1, device=device)) < self.probability)
 
 
 class StayLocal(SkipLayer):
@@ -68,7 +67,8 @@ class StayLocal(SkipLayer):
             raise ValueError(f"Gate-Drop on num_devices={num_devices} has no effect; pass 2 or more")
         self.num_devices = num_devices
 
-    def replaced(self, chosen: Selection, num_experts: int, context: Context) -> Selection:
+    def replaced(self, chosen: Selection, drops: Tensor, num_experts: int, context: Context) -> Selection:
         per_device = num_experts // self.num_devices
         home = home_devices(context.device, len(chosen.index), self.num_devices, chosen.index.device)
-        return Selection(home.unsqueeze(1) * per_device + chosen.index % per_device, chosen.keep)
+        local = home.unsqueeze(1) * per_device + chosen.index % per_device
+        return Selection(torch.where(drops.unsqueeze(1), local, chosen.index), chosen.keep)
