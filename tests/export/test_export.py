@@ -24,8 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:onnxscript"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:onnx_ir"),
 ]
-ONNX_SMALL = {"deepseek-v3", "dynamic-top-p", "llama4", "mixtral", "switch"}
-NO_ONNX = {"uni-perceiver-moe"}
+ONNX_SMALL = {"deepseek-v3", "dynamic-top-p", "llama4", "mixtral", "switch", "uni-perceiver-moe"}
 TOKEN_COUNTS = (2, 5, 13, 40)
 
 
@@ -60,7 +59,7 @@ def test_the_export_form_computes_the_same(method: Method) -> None:
         assert_close(outputs(form, named), outputs(layer, named), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", [m for m in EVERY if m.name in NO_ONNX], ids=lambda m: m.name)
+@pytest.mark.parametrize("method", methods_for_tests(EVERY, {"mixtral"}))
 def test_a_program_serves_other_routings(method: Method) -> None:
     layer = layer_of(method)
     program = to_program(layer, inputs(layer, 7)).module()
@@ -69,7 +68,7 @@ def test_a_program_serves_other_routings(method: Method) -> None:
         assert_close(program(*named.values()), outputs(layer, named), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", methods_for_tests([m for m in EVERY if m.name not in NO_ONNX], ONNX_SMALL))
+@pytest.mark.parametrize("method", methods_for_tests(EVERY, ONNX_SMALL))
 def test_onnx_runtime_agrees_on_other_routings(method: Method, tmp_path: Path) -> None:
     layer = layer_of(method)
     path = to_onnx(layer, tmp_path / "layer.onnx", inputs(layer, 7, seed=0))

@@ -105,7 +105,8 @@ class SeesAttributes(Scorer):
 
     def forward(self, x: Tensor, context: Context = NO_CONTEXT) -> Tensor:
         code = ids_of(context, "domain", 2**self.num_attributes, "routing by attributes")
-        bits = code.unsqueeze(1) >> torch.arange(self.num_attributes, device=x.device) & 1
+        powers = 2 ** torch.arange(self.num_attributes, device=x.device)  # ONNX has no shift of signed numbers
+        bits = code.unsqueeze(1).div(powers, rounding_mode="floor") % 2
         embedded = self.embed(bits.to(x.dtype))
         logits: Tensor = self.scorer(F.layer_norm(embedded, embedded.shape[1:]), context)
         return logits
