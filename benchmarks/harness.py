@@ -21,7 +21,8 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -73,6 +74,35 @@ def all_times(
             if number >= warm_up:
                 times[name].append(time.perf_counter() - start)
     return times
+
+
+def profiled(step: Step, **options: Any) -> Any:
+    """The record of torch's profiler over a step; the lines that the profiler itself writes are not shown."""
+    from torch.profiler import ProfilerActivity, profile
+
+    record = profile(activities=[ProfilerActivity.CPU], **options)
+    with _silent_errors():
+        record.__enter__()
+    try:
+        step()
+    finally:
+        with _silent_errors():
+            record.__exit__(None, None, None)
+    return record
+
+
+@contextmanager
+def _silent_errors() -> Iterator[None]:
+    """Lead the process' standard error nowhere: native code writes there past Python."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def peer(module: str, what: str = "its rows") -> Any | None:
