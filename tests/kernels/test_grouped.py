@@ -107,6 +107,21 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         grouped_matmul(rows, weight, offsets, "fastest")
 
 
+@pytest.mark.parametrize("backend", ["native", "rounded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_operators_keep_the_rules_of_torch_library(backend: str, dtype: torch.dtype) -> None:
+    rows, weight, offsets = case([2, 0, 3], 7, 5, dtype)
+    grad = torch.randn(5, 5).to(dtype).requires_grad_()
+    torch.library.opcheck(getattr(torch.ops.moestro, f"{backend}_product").default, (rows, weight, offsets))
+    torch.library.opcheck(getattr(torch.ops.moestro, f"{backend}_outer").default, (rows, grad, offsets))
+
+
+@each_backend
+def test_gradgradcheck(backend: str) -> None:
+    rows, weight, offsets = case([2, 0, 1], 2, 2, torch.float64)
+    assert torch.autograd.gradgradcheck(lambda r, w: grouped_matmul(r, w, offsets, backend), (rows, weight))
+
+
 def test_rounding_wastes_at_most_an_eighth_and_meets_few_shapes() -> None:
     sizes = [round_up(count) for count in range(1, 4097)]
     assert all(count <= size <= count * 9 / 8 for count, size in enumerate(sizes, 1))
