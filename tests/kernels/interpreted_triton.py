@@ -20,7 +20,7 @@ from moestro.kernels import grouped_matmul
 from moestro.kernels.triton import is_interpreted
 from moestro.kernels.triton import settings as tiles
 from moestro.kernels.triton.operator import triton_bank
-from moestro.kernels.triton.product import triton_outer, triton_product
+from moestro.kernels.triton.product import grouped_product
 from moestro.routing import SparseRouting
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
@@ -230,8 +230,9 @@ def test_the_operators_keep_the_rules_of_torch_library(activation: str, dtype: t
     torch.library.opcheck(triton_bank, given)
     x = torch.randn(6, 3).to(dtype).requires_grad_()
     weight, offsets = torch.randn(3, 3, 2).to(dtype).requires_grad_(), torch.tensor([0, 2, 2, 6])
-    torch.library.opcheck(triton_product, (x, weight, offsets, "few"))
-    torch.library.opcheck(triton_outer, (x, torch.randn(6, 2).to(dtype).requires_grad_(), offsets, "few"))
+    torch.library.opcheck(grouped_product, (x, weight, offsets))
+    grad = torch.randn(6, 2).to(dtype).requires_grad_()
+    torch.library.opcheck(torch.ops.moestro.triton_outer.default, (x, grad, offsets))
 
 
 def test_a_second_derivative_of_the_bank_is_refused_in_words() -> None:

@@ -53,7 +53,9 @@ class ModelSection(Section):
     qk_norm: bool = Field(False, description="RMSNorm on queries and keys")
     tied_embeddings: bool = Field(True, description="input and output embeddings share one matrix")
     rope_theta: float = Field(10000.0, gt=0, description="base of the rotary positions")
-    kernel: str = Field("auto", description="back end of the experts: auto, native, rounded, padded, loop")
+    kernel: str = Field(
+        "auto", description="back end of the experts: auto, fused, tiled, native, rounded, padded, loop, triton"
+    )
 
 
 class DataSection(Section):

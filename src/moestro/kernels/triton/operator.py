@@ -62,6 +62,7 @@ def triton_bank(
     Returns: y `[tokens, width]`, pre-activations of gate and up `[pairs, hidden]`, empty if not kept.
     """
     pairs, hidden = len(x if token is None else token), up.shape[2]
+    token, weight, order, starts = _contiguous(token, weight, order, starts)
     launch = Launch(x, offsets, pairs, SETTINGS[setting])
     kept = pairs if keep else 0
     pre_gate, pre_up = launch.empty(0 if gate is None else kept, hidden), launch.empty(kept, hidden)
@@ -98,6 +99,7 @@ def triton_bank_backward(
     """The gradients of `INPUTS`, those that `needs` asks for, in this order."""
     need = dict(zip(INPUTS, needs, strict=True))
     pairs, hidden = len(x if token is None else token), up.shape[2]
+    token, weight, order, starts = _contiguous(token, weight, order, starts)
     launch = Launch(x, offsets, pairs, SETTINGS[setting])
     if not len(pre_up) and pairs:
         pre_gate, pre_up = launch.empty(0 if gate is None else pairs, hidden), launch.empty(pairs, hidden)
@@ -132,6 +134,11 @@ def triton_bank_backward(
             found[name] = torch.empty_like(bias, memory_format=torch.contiguous_format)
             launch.bias_gradient(each, found[name], each_token, scale)
     return [found[name] for name in INPUTS if need[name]]
+
+
+def _contiguous(*vectors: Tensor | None) -> list[Tensor | None]:
+    """What the kernels read element by element."""
+    return [None if each is None else each.contiguous() for each in vectors]
 
 
 @triton_bank.register_fake
