@@ -105,7 +105,7 @@ def _other_values(name: str, option: Option) -> list[Any]:
     if name.endswith(("_steps", "_updates")):
         return [HALF + 1]  # a phase that ends in the second life
     if option.default == 0 and option.type is float:
-        return [0.1]
+        return [1.0 if name == "capacity_factor" else 0.1]  # a tenth of a slot keeps nothing, which is refused
     return [1.0] if option.default is None and option.type == float | None else []
 
 
