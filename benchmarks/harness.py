@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -187,7 +188,7 @@ class Report:
 def _portable(words: list[str]) -> list[str]:
     """The arguments without those that name places of this machine."""
     kept = []
-    for word, before in zip(words, ["", *words[:-1]], strict=True):
+    for before, word in pairwise(["", *words]):
         if word.split("=")[0] not in PLACES and before not in PLACES:
             kept.append(word)
     return kept

@@ -50,6 +50,7 @@ def test_a_run_leaves_a_complete_folder(tmp_path):
     assert set(os.listdir(out / "twin")) == shared
     assert set(os.listdir(out)) == shared | {
         "recipe.yaml",
+        "tokenizer",
         "routing.jsonl",
         "specialisation.json",
         "report.html",
