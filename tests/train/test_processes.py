@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -20,7 +21,7 @@ from moestro.train.files import read_lines
 from moestro.train.lock import writing
 from moestro.train.progress import Silent
 
-STEPS = 300  # a few seconds: enough to meet it on the way
+STEPS = 500  # some seconds: enough to meet it on the way, on a busy machine too
 MINE = {"method": "deepseek-v3", "options": {"top_k": 2}, "batch_size": 8}
 
 
@@ -37,9 +38,10 @@ def ranks():
     """The processes that train, by rank."""
     found = {}
     for child in psutil.Process().children():
-        words = child.cmdline()
-        if "moestro.train.worker" in words:
-            found[int(words[-1])] = child
+        with suppress(psutil.Error):  # a child of another kind may have ended meanwhile
+            words = child.cmdline()
+            if "moestro.train.worker" in words:
+                found[int(words[-1])] = child
     return found
 
 
