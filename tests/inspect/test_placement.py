@@ -56,7 +56,7 @@ def test_the_command_prints_rows_and_draws_a_picture(run, tmp_path, capsys):
     ("words", "message"),
     [
         (["--ranks", "3"], "8 experts cannot be shared evenly by 3 ranks"),
-        (["--ranks", "4", "--slots", "10"], "10 slots cannot be shared evenly by 4 ranks; 12 could"),
+        (["--ranks", "4", "--slots", "10"], "10 slots cannot be shared evenly by 4 ranks; use 8 or 12 slots"),
         (["--ranks", "4", "--predictor", "oracle"], "unknown 'oracle'; there are last, sliding-average"),
         (["--ranks", "4", "--decide-at", "1"], "cannot be split at 1"),
         (["--ranks", "4", "--picture", "x.png", "--policy", "best"], "policy 'best' was not tried"),

@@ -4,10 +4,12 @@ from itertools import combinations, permutations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from oracles.entry import entry
 
 from moestro.parallel import POLICIES, Cluster, Placement, eplb, policy_gains
-from moestro.parallel.policies import anti_correlation, exchanged, greedy, refined
+from moestro.parallel.policies import REPLICATING, anti_correlation, exchanged, greedy, refined
 
 
 def busiest(placement, load):
@@ -56,6 +58,36 @@ def test_policies_stay_near_the_best_of_all_placements(method):
     assert np.mean(ratios["refined"]) < np.mean(ratios["greedy"]) < 1.05
 
 
+@st.composite
+def tasks(draw):
+    """A history, a cluster that it fits, and perhaps where experts are."""
+    ranks = draw(st.sampled_from([1, 2, 3, 4]))
+    experts = ranks * draw(st.integers(1, 4))
+    slots = experts + ranks * draw(st.integers(0, 3))
+    history = draw(
+        st.lists(st.lists(st.integers(0, 500), min_size=experts, max_size=experts), min_size=1, max_size=4)
+    )
+    held = [*range(experts), *(draw(st.integers(0, experts - 1)) for _ in range(slots - experts))]
+    current = Placement(tuple(draw(st.permutations(held))), experts, ranks)
+    return history, Cluster(ranks, slots), draw(st.sampled_from([None, current]))
+
+
+@entry("eplb", "flexmoe", "smartmoe", "moe-deploy-placement")
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(task=tasks())
+def test_every_policy_keeps_every_expert_and_fills_every_slot(method, task):
+    history, cluster, current = task
+    experts = len(history[0])
+    for name, policy in POLICIES.items():
+        if name not in REPLICATING and cluster.slots != experts:
+            continue
+        found = policy(history, cluster, current)
+        assert found == policy(history, cluster, current), name  # the same on every rank
+        assert len(found.expert_of_slot) == cluster.slots, name
+        assert found.ranks == cluster.ranks, name
+        assert set(found.expert_of_slot) == set(range(experts)), name
+
+
 @entry("moe-deploy-placement")
 def test_with_loads_that_never_change_anti_correlation_is_greedy(method):
     for seed in range(20):
@@ -102,12 +134,12 @@ def test_exchanges_only_ever_relieve_the_busiest():
 
 
 def test_gains_are_of_steps_that_the_policy_had_not_seen():
-    first, second = [4.0, 4.0, 1.0, 1.0], [1.0, 4.0, 4.0, 1.0]
+    first, second = [4.0, 4.0, 1.0, 1.0], [1.0, 4.0, 1.0, 4.0]
     gains = {g.policy: g for g in policy_gains([first] * 4 + [second] * 4, Cluster(2), predictor="last")}
     assert gains["contiguous"].balancedness == gains["contiguous"].hindsight == pytest.approx(1.0)
     assert gains["contiguous"].speedup == 1
     assert gains["contiguous"].moved == 0
-    assert gains["greedy"].placement.experts_of(0) == (0, 2)  # even for what it saw, and for what came
+    assert gains["greedy"].placement.experts_of(0) == (0, 3)  # even for what it saw, and for what came
     assert gains["greedy"].moved == 2
     unlucky = {g.policy: g for g in policy_gains([second] * 4 + [[4.0, 4.0, 4.0, 1.0]] * 4, Cluster(2))}
     assert unlucky["refined"].balancedness <= unlucky["refined"].hindsight

@@ -1,5 +1,6 @@
 """Many processes as one: meshes of ranks, placements of experts, and transports that bring rows to them."""
 
+from moestro.parallel.costs import LayerCost
 from moestro.parallel.eplb import eplb
 from moestro.parallel.gains import Gain, policy_gains
 from moestro.parallel.groups import rank_groups
@@ -16,6 +17,7 @@ __all__ = [
     "PREDICTORS",
     "Cluster",
     "Gain",
+    "LayerCost",
     "Mesh",
     "MeshShape",
     "Network",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moestro.parallel.loads import Load, load_shares
+from moestro.parallel.loads import Load, load_shares, load_table
 from moestro.parallel.placement import Placement
-from moestro.parallel.policies import POLICIES, REPLICATING, Cluster
+from moestro.parallel.policies import OF_THE_PAST, POLICIES, REPLICATING, Cluster
 from moestro.parallel.predict import PREDICTORS
 
 
@@ -59,7 +59,7 @@ def policy_gains(
     Raises:
         ValueError: unknown names, a history too short to be split, or sizes that do not fit.
     """
-    shares = load_shares(history)
+    shares, tokens = load_shares(history), load_table(history).sum(1).mean()
     names = list(POLICIES if policies is None else policies)
     _known(names, POLICIES)
     _known([predictor], PREDICTORS)
@@ -72,10 +72,10 @@ def policy_gains(
     base = _busiest(in_order, later).mean()
     gains = []
     for name in names:
-        sizes = cluster if name in REPLICATING else Cluster(cluster.ranks, None, cluster.nodes, cluster.groups)
-        # co-occurrence is seen in the past only; a forecast is as smooth as its predictor
-        placement = POLICIES[name](seen if name == "anti-correlation" else forecast, sizes)
-        best = POLICIES[name](later, sizes)
+        sizes = cluster if name in REPLICATING else replace(cluster, slots=None)
+        before = Placement.in_turn(shares.shape[1], cluster.ranks, sizes.slots)
+        placement = POLICIES[name](tokens * (seen if name in OF_THE_PAST else forecast), sizes, before)
+        best = POLICIES[name](tokens * later, sizes, before)
         gains.append(
             Gain(
                 name,

@@ -58,6 +58,18 @@ class Placement:
             )
         return cls(tuple(range(num_experts)), num_experts, ranks)
 
+    @classmethod
+    def in_turn(cls, num_experts: int, ranks: int, slots: int | None = None) -> Placement:
+        """Experts in order, then again from the first until all slots are full.
+
+        Raises:
+            ValueError: fewer slots than experts, or slots that ranks cannot share evenly.
+        """
+        slots = num_experts if slots is None else slots
+        if slots == num_experts:
+            return cls.contiguous(num_experts, ranks)
+        return cls(tuple(slot % num_experts for slot in range(slots)), num_experts, ranks)
+
     @property
     def slots_per_rank(self) -> int:
         """Slots that one rank holds."""
