@@ -30,9 +30,9 @@ from moestro.train.checkpoints import Checkpoints
 from moestro.train.machine import choose_machine, repeatable
 from moestro.train.optimiser import build_optimiser, set_learning_rate
 from moestro.train.schedule import schedule
+from moestro.train.seeds import seed_everything
 from moestro.train.state import capture, restore
 from moestro.train.step import Stepper
-from moestro.train.training import seed_everything
 
 VOCAB, WIDTH, EXPERTS, HALF = 31, 8, 4, 3
 SIZES = {"vocab_size": VOCAB, "num_domains": 2, "segment_length": 8}

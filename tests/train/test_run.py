@@ -18,7 +18,8 @@ from moestro.train import NonFiniteLoss, Stopped, dump_recipe, load_recipe, trai
 from moestro.train.build import build_corpus, training_batches
 from moestro.train.files import read_lines
 from moestro.train.progress import Silent
-from moestro.train.training import Training, seed_everything
+from moestro.train.seeds import seed_everything
+from moestro.train.training import Training
 
 
 def losses(run):
@@ -202,8 +203,8 @@ def broken_at(monkeypatch):
 
     def at(step):
         def one_step(training, *arguments):
-            if training.step + 1 == step:
-                training.model.embedding.weight.data.fill_(float("nan"))
+            if training.learner.step + 1 == step:
+                training.learner.model.embedding.weight.data.fill_(float("nan"))
             original(training, *arguments)
 
         original = Training._one_step

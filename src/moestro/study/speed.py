@@ -17,8 +17,8 @@ from moestro.train.build import build_corpus, build_model, training_batches
 from moestro.train.machine import Machine, choose_machine, repeatable
 from moestro.train.optimiser import build_optimiser
 from moestro.train.recipe import Recipe
+from moestro.train.seeds import seed_everything
 from moestro.train.step import Stepper
-from moestro.train.training import seed_everything
 
 ROUNDS, STEPS = 7, 4
 WARM_UP = 7

@@ -21,12 +21,14 @@ from moestro.train.checkpoints import checkpoint_table
 from moestro.train.files import read_lines, write_json
 from moestro.train.folder import RECIPE, TOKENIZER, check_folder, claim_folder, has_run, remove_run
 from moestro.train.interrupt import Interrupt
+from moestro.train.learner import checkpoints_of
 from moestro.train.lock import writing
 from moestro.train.machine import Machine, choose_machine, repeatable
 from moestro.train.progress import Progress, default_progress
 from moestro.train.recipe import Recipe, load_recipe
+from moestro.train.surroundings import Surroundings
 from moestro.train.team import ALONE, Team
-from moestro.train.training import Surroundings, Training, checkpoints_of
+from moestro.train.training import Training
 
 
 def train_run(
