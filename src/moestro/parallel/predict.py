@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from moestro.parallel.arima import arima
 from moestro.parallel.loads import Load, load_shares
+from moestro.parallel.lstm import lstm
 
 Predictor = Callable[[Load, int], np.ndarray]
 
@@ -54,22 +56,7 @@ def autoregression(history: Load, horizon: int, order: int = 5) -> np.ndarray:
 
     Shapes: history `[steps, experts]` -> `[horizon, experts]`.
     """
-    shares = load_shares(history)
-    change = np.diff(shares, axis=0)
-    if order < 1 or len(change) < 2 * order:
-        raise ValueError(f"{len(shares)} steps are too few to fit order={order}; pass at least {2 * order + 1}")
-    # [order, steps, experts]
-    lagged = np.stack([change[order - i - 1 : len(change) - i - 1] for i in range(order)])
-    fits = [np.linalg.lstsq(lagged[:, :, e].T, change[order:, e], rcond=None)[0] for e in range(shares.shape[1])]
-    coefficient = np.stack(fits, axis=1)  # [order, experts]
-    recent, now, forecast = list(change[-order:][::-1]), shares[-1], []
-    for _ in range(horizon):
-        step = (coefficient * np.stack(recent)).sum(0)
-        new = np.clip(now + step, 0, 1)
-        new = new / max(new.sum(), 1e-300)
-        recent, now = [new - now, *recent[:-1]], new
-        forecast.append(new)
-    return np.array(forecast).reshape(horizon, -1)
+    return arima(history, horizon, order, errors=0)
 
 
 PREDICTORS: dict[str, Predictor] = {
@@ -77,7 +64,10 @@ PREDICTORS: dict[str, Predictor] = {
     "sliding-average": sliding_average,
     "exponential-average": exponential_average,
     "autoregression": autoregression,
+    "arima": arima,
+    "lstm": lstm,
 }
+LEAST_STEPS = {"autoregression": 11, "arima": 26, "lstm": 20}  # of a history; the others need one
 
 
 def is_stable(history: Load, window: int = 100, most: float = 0.02) -> bool:
