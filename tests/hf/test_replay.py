@@ -7,6 +7,7 @@ import pytest
 import torch
 from hf.tiny import FAMILIES, tiny_batch, tiny_model
 from torch.testing import assert_close
+from transformers import OlmoeConfig, OlmoeForCausalLM
 
 import moestro
 from moestro.hf import find_layers, load_trace, use_experts
@@ -135,6 +136,31 @@ def test_a_streamed_trace_reads_back_as_the_one_in_memory(tmp_path, monkeypatch)
             assert torch.equal(read.layers[name].weight.float(), layer.weight.float())
     assert kept.num_tokens == int(batch["attention_mask"].sum())
     gradients(model, [batch], tmp_path / "streamed")
+
+
+@pytest.mark.nightly
+def test_a_million_tokens_in_sixteen_layers_stay_under_300_megabytes(tmp_path):
+    config = OlmoeConfig(
+        hidden_size=8,
+        intermediate_size=4,
+        num_hidden_layers=16,
+        num_attention_heads=1,
+        num_experts=64,
+        num_experts_per_tok=8,
+        vocab_size=64,
+        max_position_embeddings=128,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    model = OlmoeForCausalLM(config).eval()
+    use_experts(model)
+    log = moestro.watch(model)
+    with log.record(tmp_path / "million") as trace, torch.no_grad():
+        for _ in range(64):
+            model.model(input_ids=torch.randint(64, (128, 128)))
+    assert load_trace(trace.folder).num_tokens == 2**20
+    size = sum(file.stat().st_size for file in trace.folder.iterdir())
+    assert 2**20 * 16 * 8 < size < 300e6
 
 
 def test_bad_traces_are_refused_by_name(tmp_path):
