@@ -94,14 +94,16 @@ def _pieces(
 ) -> Iterator[tuple[str, int, Tensor]]:
     """Name in the file, first byte and values of every piece; of stacked experts one expert at a time."""
     for rule in rules:
-        expected = state[rule.ours]
-        if expected.ndim < 3:
-            parts = rule.split(_checked(source.read(rule.ours), expected.shape, rule.ours))
+        shape = state[rule.ours[0]].shape
+        if len(shape) < 3:
+            parts = rule.split([_checked(source.read(name), shape, name) for name in rule.ours])
             yield from ((name, 0, part) for name, part in zip(rule.theirs, parts, strict=True))
             continue
-        for index, row in enumerate(source.rows(rule.ours, len(expected))):
-            (part,) = rule.split(_checked(row, expected.shape[1:], rule.ours).unsqueeze(0))
-            if len(rule.theirs) == len(expected):
+        banks = [source.rows(name, shape[0]) for name in rule.ours]
+        for index, rows in enumerate(zip(*banks, strict=True)):
+            pairs = zip(rule.ours, rows, strict=True)
+            (part,) = rule.split([_checked(row, shape[1:], name).unsqueeze(0) for name, row in pairs])
+            if len(rule.theirs) == shape[0]:
                 yield rule.theirs[index], 0, part
             else:
                 yield rule.theirs[0], index * part.nbytes, part

@@ -47,8 +47,9 @@ def load(path: str | Path) -> DecoderLM:
         _check_names(rules, tensors, model)
         model.to(tensors.dtype)
         state = model.state_dict()
-        for name, tensor in _ours(rules, tensors, state):
-            state[name].copy_(tensor)
+        for rule in rules:
+            for name, tensor in zip(rule.ours, _ours(rule, tensors, state), strict=True):
+                state[name].copy_(tensor)
     return model.eval()
 
 
@@ -162,25 +163,39 @@ def _rewrite(folder: StockFolder, target: Path, choice: Choice, progress: Progre
     before, tensors = _layout(folder, model).rules(model), StockTensors(folder)
     _check_names(before, tensors, model)
     model.to(tensors.dtype)
-    after = {rule.ours: rule for rule in choice.layout.rules(model)}
-    new = list(new_tensors(after.values(), model.state_dict()))
+    after = list(choice.layout.rules(model))
+    new = list(new_tensors(after, model.state_dict()))
     eos = folder.config.get("eos_token_id")
     write_json(target / "config.json", model_config(model, choice, eos if isinstance(eos, int) else None))
     copy_beside(folder, target)
     done, total = 0, sum(tensor.nbytes for tensor in new)
     with ShardWriter(target, new, ONE_FILE) as writer:
-        for name, tensor in _ours(before, tensors, model.state_dict()):
-            for theirs, part in zip(after[name].theirs, after[name].split(tensor), strict=True):
-                data = part.contiguous().reshape(-1).view(torch.uint8).numpy()
-                writer.write(theirs, data.data)
-                done += data.nbytes
-                progress(done, total)
+        for theirs, part in _rejoined(before, after, tensors, model.state_dict()):
+            data = part.contiguous().reshape(-1).view(torch.uint8).numpy()
+            writer.write(theirs, data.data)
+            done += data.nbytes
+            progress(done, total)
     return len(new)
+
+
+def _rejoined(
+    before: Iterable[Rule], after: Iterable[Rule], tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of one layout from those of another; what one rule needs of ours is in memory at a time."""
+    rules = {name: rule for rule in before for name in rule.ours}
+    ours: dict[str, Tensor] = {}
+    for rule in after:
+        for name in rule.ours:
+            if name not in ours:
+                source = rules[name]
+                ours |= dict(zip(source.ours, _ours(source, tensors, state), strict=True))
+        parts = rule.split([ours.pop(name) for name in rule.ours])
+        yield from zip(rule.theirs, parts, strict=True)
 
 
 def new_tensors(rules: Iterable[Rule], state: Mapping[str, Tensor]) -> Iterator[NewTensor]:
     for rule in rules:
-        parts = rule.split(state[rule.ours])
+        parts = rule.split([state[name] for name in rule.ours])
         yield from (
             NewTensor(name, CODES[part.dtype], tuple(part.shape))
             for name, part in zip(rule.theirs, parts, strict=True)
@@ -217,19 +232,16 @@ def _check_names(rules: Iterable[Rule], tensors: StockTensors, model: DecoderLM)
             raise ValueError(f"{tensors.folder.path} {problem} {min(names - tied)}")
 
 
-def _ours(
-    rules: Iterable[Rule], tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]
-) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of ours, one after the other, of the shape that the model has."""
-    for rule in rules:
-        tensor = rule.join([tensors[name] for name in rule.theirs])
-        expected = state[rule.ours]
-        if tensor.shape != expected.shape:
+def _ours(rule: Rule, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[Tensor]:
+    """What a rule makes of their tensors, of the shapes and dtypes that the model has."""
+    found = list(rule.join([tensors[name] for name in rule.theirs]))
+    for name, tensor in zip(rule.ours, found, strict=True):
+        if tensor.shape != state[name].shape:
             raise ValueError(
-                f"{rule.theirs[0]} makes {rule.ours} of shape {list(tensor.shape)}, but config.json describes "
-                f"{list(expected.shape)}"
+                f"{rule.theirs[0]} makes {name} of shape {list(tensor.shape)}, but config.json describes "
+                f"{list(state[name].shape)}"
             )
-        yield rule.ours, tensor.to(expected.dtype)
+    return [tensor.to(state[name].dtype) for name, tensor in zip(rule.ours, found, strict=True)]
 
 
 def _tensor(bits: np.ndarray, dtype: str) -> Tensor:

@@ -9,9 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from moestro.experts import FeedForward, is_gated
+from moestro.experts import FeedForward
 from moestro.layers import MoE
-from moestro.methods import all_methods, build
+from moestro.methods import build
+from moestro.models.arguments import feed_forward_size, resolve
 from moestro.models.attention import GroupedQueryAttention
 from moestro.models.decoder import Attention, Block, DecoderLM
 from moestro.models.initialise import initialise
@@ -102,61 +103,6 @@ def build_language_model(
     return model
 
 
-def resolve(config: dict[str, Any]) -> None:
-    """Check the arguments and replace every default that depends on others by its value, in place."""
-    for name in ("vocab_size", "width", "num_layers", "num_heads", "num_experts", "every", "max_length"):
-        if config[name] < 1:
-            raise ValueError(f"{name}={config[name]}; pass at least 1")
-    _resolve_heads(config)
-    config["qk_norm"] = {False: "none", True: "head"}.get(config["qk_norm"], config["qk_norm"])
-    if config["qk_norm"] not in ("none", "head", "full"):
-        raise ValueError(f"qk_norm={config['qk_norm']!r}; pass False, True, none, head or full")
-    _resolve_attention(config)
-    config["expert_hidden"] = config["expert_hidden"] or default_hidden(config["width"], config["activation"])
-    if config["method"] is not None and config["options"].get("vocab_size") is None:
-        method = all_methods().get(config["method"])
-        if method is not None and "vocab_size" in method.options:
-            config["options"]["vocab_size"] = config["vocab_size"]
-
-
-def _resolve_heads(config: dict[str, Any]) -> None:
-    width, num_heads = config["width"], config["num_heads"]
-    if config["head_dim"] is None:
-        if width % num_heads:
-            raise ValueError(
-                f"width={width} is not divisible by num_heads={num_heads}; change one or pass head_dim"
-            )
-        config["head_dim"] = width // num_heads
-    config["num_kv_heads"] = config["num_kv_heads"] or num_heads
-    if num_heads % config["num_kv_heads"]:
-        raise ValueError(
-            f"num_heads={num_heads} is not divisible by num_kv_heads={config['num_kv_heads']}; "
-            "every key-value head serves an equal group of query heads"
-        )
-
-
-def _resolve_attention(config: dict[str, Any]) -> None:
-    if config["attention"] == "auto":
-        config["attention"] = "latent" if config["method"] == "deepseek-v3" else "grouped-query"
-    if config["attention"] not in ("grouped-query", "latent"):
-        raise ValueError(f"attention={config['attention']!r}; pass auto, grouped-query or latent")
-    if config["attention"] != "latent":
-        return
-    if config["qk_norm"] != "none":
-        raise ValueError(
-            "latent attention normalises its latents, so qk_norm has no meaning there; leave qk_norm off"
-        )
-    if config["num_kv_heads"] != config["num_heads"]:
-        raise ValueError(
-            f"latent attention gives every head its own keys, so num_kv_heads={config['num_kv_heads']} must be "
-            f"num_heads={config['num_heads']}; leave num_kv_heads out"
-        )
-    head_dim = config["head_dim"]
-    config["kv_lora_rank"] = config["kv_lora_rank"] or 2 * head_dim
-    config["rope_dim"] = config["rope_dim"] or max(2, head_dim // 4 * 2)
-    config["value_dim"] = config["value_dim"] or head_dim
-
-
 def _attention(config: Mapping[str, Any]) -> Attention:
     width, num_heads = config["width"], config["num_heads"]
     if config["attention"] == "latent":
@@ -222,16 +168,6 @@ def _moe(config: Mapping[str, Any]) -> MoE:
             "reads its own targets and cannot generate; choose a causal method such as mixtral"
         )
     return moe
-
-
-def default_hidden(width: int, activation: str) -> int:
-    """Hidden size at which a feed-forward layer has 8 width^2 parameters, in eighths when gated."""
-    return max(8, round(width / 3) * 8) if is_gated(activation) else 4 * width
-
-
-def feed_forward_size(width: int, hidden: int, activation: str) -> int:
-    """Parameters of a feed-forward layer without biases."""
-    return (3 if is_gated(activation) else 2) * width * hidden
 
 
 @contextlib.contextmanager

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from moestro.models.build import build_language_model, feed_forward_size
+from moestro.models.arguments import feed_forward_size
+from moestro.models.build import build_language_model
 from moestro.models.decoder import DecoderLM
 
 

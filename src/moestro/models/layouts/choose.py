@@ -44,5 +44,5 @@ def choose_layout(model: DecoderLM) -> Choice:
 def _unmapped(layout: Layout, model: DecoderLM) -> str | None:
     """A tensor that the layout has no place for."""
     tied = {"head.weight"} if model.config["tied_embeddings"] else set()
-    left = set(model.state_dict()) - {rule.ours for rule in layout.rules(model)} - tied
+    left = set(model.state_dict()) - {name for rule in layout.rules(model) for name in rule.ours} - tied
     return f"it has no place for {min(left)}" if left else None

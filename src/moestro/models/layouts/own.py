@@ -26,7 +26,7 @@ def rules(model: DecoderLM) -> list[Rule]:
 
 def _in_plain_order(name: str, stack: QuantisedStack) -> Rule:
     """4-bit codes: packed for this processor here, in an order that every processor knows there."""
-    return Rule(name, (name,), lambda codes: [stack.plain_codes()], lambda codes: stack.packed_codes(codes[0]))
+    return Rule((name,), (name,), lambda codes: [stack.plain_codes()], lambda codes: [stack.packed_codes(codes[0])])
 
 
 def config(model: DecoderLM) -> dict[str, Any]:

@@ -1,60 +1,62 @@
 """Mapping tables between our tensors and those of a released layout.
 
-A layout is a list of rules; each turns one tensor of ours into one or several of theirs, and back.
+A layout is a list of rules; each turns one or several tensors of ours into one or several of theirs, and back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+Many = Callable[[Sequence[Tensor]], Iterable[Tensor]]
+
 
 @dataclass(frozen=True)
 class Rule:
-    """One tensor of ours and what it is called and cut into on disk.
+    """Tensors of ours and what they are called and cut into on disk.
 
     Attributes:
-        ours: name in `DecoderLM.state_dict()`.
+        ours: names in `DecoderLM.state_dict()`, of tensors of one shape where there are several.
         theirs: names in the file.
-        split: our tensor to theirs, in the order of `theirs`.
+        split: our tensors, in the order of `ours`, to theirs, in the order of `theirs`.
         join: theirs to ours.
     """
 
-    ours: str
+    ours: tuple[str, ...]
     theirs: tuple[str, ...]
-    split: Callable[[Tensor], Iterable[Tensor]]
-    join: Callable[[list[Tensor]], Tensor]
+    split: Many
+    join: Many
 
 
 def same(ours: str, theirs: str) -> Rule:
     """The tensor as it is."""
-    return Rule(ours, (theirs,), lambda x: [x], lambda xs: xs[0])
+    return Rule((ours,), (theirs,), lambda x: x, lambda x: x)
 
 
 def transposed(ours: str, theirs: str) -> Rule:
     """`[in, out]` here, `[out, in]` there."""
-    return Rule(ours, (theirs,), lambda x: [x.T], lambda xs: xs[0].T)
+    return Rule((ours,), (theirs,), lambda x: [x[0].T], lambda x: [x[0].T])
 
 
 def stacked_rows(ours: str, theirs: tuple[str, ...], sizes: tuple[int, ...]) -> Rule:
     """Matrices that we hold on top of each other, with `sizes` rows each."""
-    return Rule(ours, theirs, lambda x: x.split(sizes), lambda xs: torch.cat(xs))
+    return Rule((ours,), theirs, lambda x: x[0].split(sizes), lambda x: [torch.cat(list(x))])
 
 
 def per_expert(ours: str, theirs: str, num_experts: int) -> Rule:
     """`[experts, in, out]` here, one `[out, in]` per expert there; `{}` in the name stands for the expert."""
     names = tuple(theirs.format(expert) for expert in range(num_experts))
-    return Rule(ours, names, lambda x: [w.T for w in x], lambda xs: torch.stack([w.T for w in xs]))
+    return Rule((ours,), names, lambda x: [w.T for w in x[0]], lambda x: [torch.stack([w.T for w in x])])
 
 
 def to_theirs(rules: Iterable[Rule], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our tensors under their names and shapes, contiguous."""
     tensors = {}
     for rule in rules:
-        parts = rule.split(state[rule.ours])
+        parts = rule.split([state[name] for name in rule.ours])
         tensors.update({name: part.contiguous() for name, part in zip(rule.theirs, parts, strict=True)})
     return tensors
 
@@ -65,7 +67,7 @@ def to_ours(rules: Iterable[Rule], tensors: Mapping[str, Tensor]) -> dict[str, T
     Raises:
         ValueError: a tensor is missing, or one is left over.
     """
-    rules = list(rules)
+    rules, state = list(rules), {}
     wanted = {name for rule in rules for name in rule.theirs}
     for problem, names in (("lacks", wanted - set(tensors)), ("has unknown", set(tensors) - wanted)):
         if names:
@@ -73,4 +75,6 @@ def to_ours(rules: Iterable[Rule], tensors: Mapping[str, Tensor]) -> dict[str, T
                 f"the model file {problem} {len(names)} tensors, among them {min(names)}; "
                 "it was not saved from the model that config.json describes"
             )
-    return {rule.ours: rule.join([tensors[name] for name in rule.theirs]) for rule in rules}
+    for rule in rules:
+        state.update(zip(rule.ours, rule.join([tensors[name] for name in rule.theirs]), strict=True))
+    return state
