@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,6 +14,15 @@ def squared_relu(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
+def clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """SwiGLU with bounded inputs, a steeper sigmoid and one added to the other factor, OpenAI 2025 (gpt-oss).
+
+    (clamp(u, -7, 7) + 1) * g * sigmoid(1.702 g),   g = min(gate, 7)
+    """
+    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    return (up + 1) * (gate * torch.sigmoid(1.702 * gate))
+
+
 PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
@@ -20,7 +30,12 @@ PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "squared_relu": squared_relu,
 }
 GATED: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": F.silu, "geglu": F.gelu}
-ACTIVATIONS = (*GATED, *PLAIN)
+ACTIVATIONS = (*GATED, *PLAIN)  # those that fused operators have
+UNITS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "swiglu": lambda gate, up: F.silu(gate) * up,
+    "geglu": lambda gate, up: F.gelu(gate) * up,
+    "clamped_swiglu": clamped_swiglu,
+}
 
 
 def is_gated(activation: str) -> bool:
@@ -29,6 +44,6 @@ def is_gated(activation: str) -> bool:
     Raises:
         ValueError: for a name that is neither.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {activation!r}; choose one of {', '.join(ACTIVATIONS)}")
-    return activation in GATED
+    if activation not in (*UNITS, *PLAIN):
+        raise ValueError(f"unknown activation {activation!r}; choose one of {', '.join((*UNITS, *PLAIN))}")
+    return activation in UNITS

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moestro.experts.activations import GATED, PLAIN
+from moestro.experts.activations import PLAIN, UNITS
 from moestro.kernels import as_autocast
 from moestro.kernels.gathered import gathered_product, gathered_rows, suits_few
 from moestro.routing import Routing, SparseRouting
@@ -43,7 +43,7 @@ def few_rows(bank: Any, rows: Tensor, expert: Tensor) -> Tensor:
         hidden = PLAIN[bank.activation](hidden)
     else:
         gate = _add(gathered_product(rows, index, bank.gate), bank.gate_bias, expert)
-        hidden = GATED[bank.activation](gate) * hidden
+        hidden = UNITS[bank.activation](gate, hidden)
     rows = gathered_product(hidden, gathered_rows(expert, bank.hidden), bank.down)
     return _add(rows, bank.down_bias, expert)
 

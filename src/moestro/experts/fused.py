@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moestro.experts.activations import ACTIVATIONS
 from moestro.experts.device import on_device, run_on_device
 from moestro.kernels import as_autocast
 from moestro.kernels.bank import bank as bank_operator
@@ -42,25 +43,36 @@ def all_kernels(device_type: str | None = None) -> tuple[str, ...]:
     return (*all_backends(device_type), *(KERNELS if device_type in (None, "cpu") else ()))
 
 
-def check_kernel(name: str, recompute: bool = False) -> str:
-    """The name itself, or ValueError naming the kernels there are, or those that can recompute."""
+def check_kernel(name: str, recompute: bool = False, activation: str = ACTIVATIONS[0]) -> str:
+    """The name itself, or ValueError naming the kernels there are, or those that can recompute or have the unit."""
     if name not in all_kernels():
         raise ValueError(f"unknown kernel {name!r}; choose one of {', '.join(all_kernels())}")
     able = ("auto", *KERNELS, "triton")
     if recompute and name not in able:
         raise ValueError(f"kernel={name!r} cannot recompute; use recompute=False or one of {', '.join(able)}")
+    whole = name in (*KERNELS, "triton")
+    if (whole or recompute) and activation not in ACTIVATIONS:
+        raise ValueError(
+            f"the fused operators have no {activation}, so kernel={name!r}, recompute={recompute} cannot be; "
+            "use kernel='auto' and recompute=False"
+        )
     return name
 
 
 def is_fused(bank: object, device_type: str) -> bool:
     """Whether the fused operator runs a bank there: stacked, on a CPU, with a kernel that allows it."""
     return (
-        device_type == "cpu" and hasattr(bank, "recompute") and getattr(bank, "kernel", None) in ("auto", *KERNELS)
+        device_type == "cpu"
+        and hasattr(bank, "recompute")
+        and getattr(bank, "activation", None) in ACTIVATIONS
+        and getattr(bank, "kernel", None) in ("auto", *KERNELS)
     )
 
 
 def operator_of(bank: Stacked, x: Tensor) -> Operator | None:
     """What runs this bank on these rows as a whole; None = nothing does, grouped products have to."""
+    if bank.activation not in ACTIVATIONS:
+        return None
     if on_device(bank, x):
         return run_on_device
     rounding = _rounding_of(bank, x)

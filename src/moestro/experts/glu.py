@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moestro.experts.activations import GATED, is_gated
+from moestro.experts.activations import UNITS, is_gated
 from moestro.experts.base import Experts
 from moestro.experts.few import run_few
 from moestro.experts.fused import check_kernel, operator_of, rows_fused, run_fused
@@ -23,7 +23,7 @@ class GLU(Experts):
         num_experts: number of experts.
         width: model width.
         hidden: hidden size of one expert.
-        activation: `swiglu` (silu) or `geglu` (gelu).
+        activation: `swiglu` (silu), `geglu` (gelu) or `clamped_swiglu`, which runs as grouped products only.
         bias: whether the three maps add one.
         kernel: `fused` runs the whole bank as one operator on a CPU, `tiled` likewise in such a way that a row's
             bits do not depend on the rows beside it, `triton` as kernels for a GPU; other names are back ends of
@@ -47,10 +47,10 @@ class GLU(Experts):
     ) -> None:
         super().__init__()
         if not is_gated(activation):
-            raise ValueError(f"{activation!r} is not gated; use MLP, or one of {', '.join(GATED)}")
+            raise ValueError(f"{activation!r} is not gated; use MLP, or one of {', '.join(UNITS)}")
         self.num_experts, self.width, self.hidden = num_experts, width, hidden
         self.activation, self.bias = activation, bias
-        self.kernel, self.recompute = check_kernel(kernel, recompute), recompute
+        self.kernel, self.recompute = check_kernel(kernel, recompute, activation), recompute
         self.gate = nn.Parameter(torch.empty(num_experts, width, hidden))
         self.up = nn.Parameter(torch.empty(num_experts, width, hidden))
         self.down = nn.Parameter(torch.empty(num_experts, hidden, width))
@@ -79,7 +79,7 @@ class GLU(Experts):
         apply = StackedLinear(offsets, self.kernel)
         gate = apply(rows, self.gate, self.gate_bias)
         up = apply(rows, self.up, self.up_bias)
-        return apply(GATED[self.activation](gate) * up, self.down, self.down_bias)
+        return apply(UNITS[self.activation](gate, up), self.down, self.down_bias)
 
     def slice(self, part: int, parts: int) -> GLU:
         cut = hidden_slice(self, part, parts)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moestro.experts.activations import GATED, PLAIN, is_gated
+from moestro.experts.activations import PLAIN, UNITS, is_gated
 from moestro.experts.base import Experts
 from moestro.experts.few import combine_few
 from moestro.experts.glu import GLU
@@ -133,7 +133,7 @@ class QuantisedExperts(Experts):
         if self.activation in PLAIN:
             return PLAIN[self.activation](hidden)
         gate, up = hidden.chunk(2, dim=-1)
-        return GATED[self.activation](gate) * up
+        return UNITS[self.activation](gate, up)
 
     def extra_repr(self) -> str:
         return (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moestro.experts.activations import GATED, PLAIN, is_gated
+from moestro.experts.activations import PLAIN, UNITS, is_gated
 from moestro.kernels import as_autocast
 
 
@@ -50,7 +50,7 @@ class FeedForward(nn.Module):
         if self.gate is None:
             hidden = PLAIN[self.activation](up)
         else:
-            hidden = GATED[self.activation](_linear(x, self.gate, self.gate_bias)) * up
+            hidden = UNITS[self.activation](_linear(x, self.gate, self.gate_bias), up)
         return _linear(hidden, self.down, self.down_bias)
 
     def extra_repr(self) -> str:

@@ -20,7 +20,7 @@ from moestro.experts import (
     ModuleExperts,
     ZeroExperts,
 )
-from moestro.experts.activations import GATED, PLAIN
+from moestro.experts.activations import PLAIN, UNITS
 from moestro.experts.affine import LINKS
 from moestro.experts.hyper import HyperExperts
 from moestro.routing import Routing, SparseRouting
@@ -152,8 +152,8 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @every_expert.register
 def _(bank: GLU, x: Tensor) -> Tensor:
-    gate = GATED[bank.activation](_affine(x, bank.gate, bank.gate_bias))
-    return _affine(gate * _affine(x, bank.up, bank.up_bias), bank.down, bank.down_bias)
+    gate, up = _affine(x, bank.gate, bank.gate_bias), _affine(x, bank.up, bank.up_bias)
+    return _affine(UNITS[bank.activation](gate, up), bank.down, bank.down_bias)
 
 
 @every_expert.register

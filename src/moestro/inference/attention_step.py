@@ -21,7 +21,7 @@ class CachedAttention:
     token by token. The norm weights of queries and keys, the rotation and the scale of the scores are one table.
 
     Args:
-        block: whose attention is a `GroupedQueryAttention`.
+        block: whose attention is a plain `GroupedQueryAttention`.
         cache: what its layer stored so far, and how much it may store.
         dtype: of the model.
 
@@ -43,13 +43,13 @@ class CachedAttention:
         self.full_norms = None
         weight = torch.ones(self.rotated, self.dim)
         if attention.qk_norm == "full":
-            self.full_norms = Norm(attention.query_norm), Norm(attention.key_norm)  # type: ignore[arg-type]
+            self.full_norms = Norm(attention.query_norm), Norm(attention.key_norm)
         self.eps = None
         if attention.qk_norm == "head":
             parts: list[Any] = [attention.query_norm] * self.num_heads + [attention.key_norm] * self.num_kv_heads
             weight = torch.stack([norm.weight.detach().float() for norm in parts])
             self.eps = torch.tensor([[norm.eps] for norm in parts])
-        weight[: self.num_heads] *= self.dim**-0.5  # the scale of the scores
+        weight[: self.num_heads] *= attention.scale or self.dim**-0.5  # the scale of the scores
         first, second = weight.chunk(2, dim=1)
         self.weight, self.swapped = weight, torch.cat([-second, first], dim=1)
 

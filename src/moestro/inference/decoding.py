@@ -46,7 +46,7 @@ class Decoder:
         mixture = MixtureStep if all(map(routes_plainly, mixtures)) else ModuleStep
         self.steps: list[Step] = []
         for block, memory in zip(model.blocks, cache.layers, strict=True):
-            short = type(block.attention) is GroupedQueryAttention
+            short = type(block.attention) is GroupedQueryAttention and block.attention.plain
             self.steps.append((CachedAttention if short else ModuleAttention)(block, memory, dtype))
             self.steps.append((ModuleStep if block.moe is None else mixture)(block, dtype))
 
@@ -70,8 +70,15 @@ def suits_decoder(model: DecoderLM) -> bool:
         weight.device.type == "cpu"
         and weight.dtype in (torch.float32, torch.bfloat16)
         and all(type(norm) is RMSNorm for norm in _norms(model))
+        and all(type(each) is nn.Identity for each in _scales(model))
         and not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     )
+
+
+def _scales(model: DecoderLM) -> list[nn.Module]:
+    """What a model may do to its residual stream, and a `Decoder` does not."""
+    behind = [each for block in model.blocks for each in (block.attention_after, block.ffn_after)]
+    return [model.embedding_scale, model.logit_scale, *behind]
 
 
 def _norms(model: DecoderLM) -> list[nn.Module]:

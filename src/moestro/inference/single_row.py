@@ -20,7 +20,8 @@ class Norm:
     Shapes: `[1, width]` -> the same.
     """
 
-    def __init__(self, norm: RMSNorm) -> None:
+    def __init__(self, norm: nn.Module) -> None:
+        assert isinstance(norm, RMSNorm)
         self.weight, self.eps = norm.weight.detach().float(), norm.eps
         self.zero = torch.zeros_like(self.weight)
 

@@ -9,24 +9,34 @@ from torch import Tensor
 SHORT = 512
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, whole: bool = False) -> Tensor:
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    whole: bool = False,
+    scale: float | None = None,
+) -> Tensor:
     """Mix values by the likeness of queries and keys; causal when there is no mask and more than one query.
 
     `whole` says that the queries are a whole sequence, so that a graph for any length need not ask how many.
+    `scale` is that of the scores; None = 1 / sqrt(head_dim).
 
     Shapes: `[batch, length, heads, head_dim]` three times, keys and values with as many heads or a divisor,
     mask `[batch or 1, 1, length, stored + length]` or None -> `[batch, length, heads * head_dim]`.
     """
     if mask is None and _short_on_cpu(query, key):
-        return _by_matmul(query, key, value)
+        return _by_matmul(query, key, value, scale)
     if mask is None and query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.shape[1] == 1:
-        return _one_query(query, key, value)
+        return _one_query(query, key, value, scale)
     y = F.scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
         attn_mask=mask,
         is_causal=mask is None and (whole or query.shape[1] > 1),
+        scale=scale,
         enable_gqa=query.shape[2] != key.shape[2],
     )
     return y.transpose(1, 2).flatten(2)
@@ -42,7 +52,7 @@ def _short_on_cpu(query: Tensor, key: Tensor) -> bool:
     return query.device.type == "cpu" and query.dtype == torch.bfloat16 and length == key.shape[1] <= SHORT
 
 
-def _one_query(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _one_query(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
     """One new position against the stored ones, by elementwise products: bound by the bytes of the cache.
 
     For one bfloat16 query of 16 heads over 540 positions torch's fused kernel takes about 0.9 ms on 2 cores, most
@@ -52,7 +62,7 @@ def _one_query(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     query = query.view(batch, 1, num_kv_heads, -1, head_dim)
     products = key.unsqueeze(3) * query  # [batch, stored, key-value heads, group, head_dim]
     scores = products.sum(-1, dtype=torch.float32).flatten(2).transpose(1, 2)  # [batch, heads, stored]
-    shares = torch.softmax(scores.mul_(head_dim**-0.5).contiguous(), dim=-1).to(value.dtype)
+    shares = torch.softmax(scores.mul_(scale or head_dim**-0.5).contiguous(), dim=-1).to(value.dtype)
     if batch == 1 and value.is_contiguous() and not torch.is_grad_enabled():
         return _mixed(shares[0], value[0]).view(1, 1, -1)
     shares = shares.transpose(1, 2).view(batch, -1, num_kv_heads, query.shape[3], 1)
@@ -69,7 +79,7 @@ def _mixed(shares: Tensor, value: Tensor) -> Tensor:
     return torch.embedding_bag(value.flatten(0, 1), index.view(-1), starts, False, 0, False, shares.view(-1))[0]
 
 
-def _by_matmul(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _by_matmul(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
     """Causal attention with the scores written out; the query heads of a group lie behind each other as rows."""
     batch, length, num_heads, head_dim = query.shape
     num_kv_heads = key.shape[2]
@@ -77,6 +87,6 @@ def _by_matmul(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     keys, values = key.transpose(1, 2).flatten(0, 1), value.transpose(1, 2).flatten(0, 1)
     future = torch.full((length, length), -torch.inf, dtype=query.dtype).triu(1)
     future = future.repeat(num_heads // num_kv_heads, 1)
-    scores = torch.baddbmm(future, rows, keys.transpose(1, 2), alpha=head_dim**-0.5)
+    scores = torch.baddbmm(future, rows, keys.transpose(1, 2), alpha=scale or head_dim**-0.5)
     y = torch.softmax(scores, dim=-1) @ values
     return y.view(batch, num_heads, length, -1).transpose(1, 2).flatten(2)

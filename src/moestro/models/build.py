@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,6 +17,7 @@ from moestro.models.attention import GroupedQueryAttention
 from moestro.models.decoder import Attention, Block, DecoderLM
 from moestro.models.initialise import initialise
 from moestro.models.latent import LatentAttention
+from moestro.models.rope_scaling import yarn_temperature
 
 
 def build_language_model(
@@ -36,14 +37,27 @@ def build_language_model(
     first_dense: int = 0,
     every: int = 1,
     attention: Literal["auto", "grouped-query", "latent"] = "auto",
-    qk_norm: bool | Literal["none", "head", "full"] = False,
+    qk_norm: bool | Literal["none", "head", "full", "rotated"] = False,
+    attention_bias: Literal["none", "qkv", "all"] = "none",
+    attention_scale: float | None = None,
+    windows: Sequence[int | None] | None = None,
+    sinks: bool = False,
     q_lora_rank: int | None = None,
     kv_lora_rank: int | None = None,
     rope_dim: int | None = None,
     value_dim: int | None = None,
     tied_embeddings: bool = True,
+    head_bias: bool = False,
+    expert_bias: bool = False,
     rope_theta: float = 10000.0,
+    rope_order: Literal["halves", "pairs"] = "halves",
+    rope_scaling: Mapping[str, Any] | None = None,
+    norm: Literal["rms", "layer"] = "rms",
+    norm_place: Literal["before", "after", "both"] = "before",
     norm_eps: float = 1e-5,
+    embedding_scale: float = 1.0,
+    residual_scale: float = 1.0,
+    logit_divisor: float = 1.0,
     max_length: int = 2048,
     kernel: str = "auto",
     seed: int | None = None,
@@ -61,20 +75,36 @@ def build_language_model(
         options: options of the method.
         num_experts: routed experts in a layer.
         expert_hidden: hidden size of one expert; None = 8/3 width when gated, 4 width otherwise.
-        activation: swiglu, geglu (gated), relu, gelu, silu or squared_relu; for experts and dense layers.
+        activation: swiglu, geglu, clamped_swiglu (gated), relu, gelu, silu or squared_relu; for experts and dense
+            layers.
         dense_hidden: hidden size of dense layers; None = as many parameters as a token uses in an MoE layer,
             or, without a method, as expert_hidden says.
         first_dense: the first n layers are dense.
         every: of the layers after those, every n-th is a mixture of experts.
         attention: grouped-query or latent; auto = latent for deepseek-v3.
-        qk_norm: normalise queries and keys: False = "none", True = "head", or "full" (all heads at once).
+        qk_norm: normalise queries and keys: False = "none", True = "head", "full" (all heads at once) or "rotated"
+            (each head after rotation).
+        attention_bias: maps of grouped-query attention that add one: none, those of queries, keys and values, or
+            all.
+        attention_scale: of its scores; None = 1 / sqrt(head_dim).
+        windows: positions that a query sees, for each layer, its own included (None = all before it); None = all.
+        sinks: whether each head has a learned sink, see `attend_with_sinks`.
         q_lora_rank: latent attention: size of the query latent; None = no query latent.
         kv_lora_rank: latent attention: size of the key-value latent; None = 2 head_dim.
-        rope_dim: latent attention: rotated features of a head; None = about head_dim / 2.
+        rope_dim: rotated features of a head; None = all, and of latent attention about head_dim / 2.
         value_dim: latent attention: features of a value head; None = head_dim.
         tied_embeddings: one matrix for input and output embeddings.
+        head_bias: whether the output map adds one.
+        expert_bias: whether the maps of experts do.
         rope_theta: base of the rotary positions.
+        rope_order: which features of grouped-query attention turn together: i and i + rope_dim / 2, or neighbours.
+        rope_scaling: for longer sequences than those of pretraining, see `rotary_frequencies`; None = none.
+        norm: rms or layer.
+        norm_place: of each layer's norms: before attention and feed-forward network, after them, or both.
         norm_eps: epsilon of the norms.
+        embedding_scale: what embeddings are multiplied with.
+        residual_scale: what each attention and feed-forward network is multiplied with before it is added.
+        logit_divisor: what logits are divided by.
         max_length: most positions in a sequence.
         kernel: back end of the experts.
         seed: of the weights; None = torch's global generator.
@@ -88,7 +118,10 @@ def build_language_model(
     resolve(config)
     with _seeded(seed):
         feed_forwards = _feed_forwards(config)
-        blocks = [Block(_attention(config), layer, width, norm_eps) for layer in feed_forwards]
+        blocks = [
+            Block(_attention(config, index), layer, width, norm_eps, norm, norm_place, residual_scale)
+            for index, layer in enumerate(feed_forwards)
+        ]
         model = DecoderLM(
             vocab_size,
             blocks,
@@ -98,12 +131,17 @@ def build_language_model(
             eps=norm_eps,
             tied_embeddings=tied_embeddings,
             config=config,
+            rope_scaling=rope_scaling,
+            norm=norm,
+            head_bias=head_bias,
+            embedding_scale=embedding_scale,
+            logit_scale=1 / logit_divisor,
         )
         initialise(model)
     return model
 
 
-def _attention(config: Mapping[str, Any]) -> Attention:
+def _attention(config: Mapping[str, Any], layer: int) -> Attention:
     width, num_heads = config["width"], config["num_heads"]
     if config["attention"] == "latent":
         return LatentAttention(
@@ -114,9 +152,21 @@ def _attention(config: Mapping[str, Any]) -> Attention:
             nope_dim=config["head_dim"],
             rope_dim=config["rope_dim"],
             value_dim=config["value_dim"],
+            temperature=yarn_temperature(config["rope_scaling"]),
         )
     return GroupedQueryAttention(
-        width, num_heads, config["num_kv_heads"], config["head_dim"], config["qk_norm"], config["norm_eps"]
+        width,
+        num_heads,
+        config["num_kv_heads"],
+        config["head_dim"],
+        config["qk_norm"],
+        config["norm_eps"],
+        bias=config["attention_bias"],
+        rotary_dim=config["rope_dim"],
+        rotation=config["rope_order"],
+        scale=config["attention_scale"],
+        window=config["windows"][layer] if config["windows"] else None,
+        sinks=config["sinks"],
     )
 
 
@@ -159,6 +209,7 @@ def _moe(config: Mapping[str, Any]) -> MoE:
         hidden=config["expert_hidden"],
         num_experts=num_experts,
         activation=config["activation"],
+        bias=config["expert_bias"],
         kernel=config["kernel"],
         **config["options"],
     )

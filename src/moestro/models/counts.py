@@ -34,7 +34,8 @@ class ModelCounts:
 def count_parameters(model: DecoderLM) -> ModelCounts:
     """Count the parameters of `model`, exactly."""
     tied = model.head.weight is model.embedding.weight
-    embedding = model.embedding.weight.numel() * (1 if tied else 2)
+    head = 0 if tied else model.head.weight.numel()
+    embedding = model.embedding.weight.numel() + head + (0 if model.head.bias is None else model.head.bias.numel())
     components, active = {"embedding": embedding}, {"embedding": embedding}
     _add(components, {"norm": _numel(model.norm)})
     _add(active, {"norm": _numel(model.norm)})
@@ -48,7 +49,7 @@ def count_parameters(model: DecoderLM) -> ModelCounts:
 def _block_components(block: Block) -> dict[str, int]:
     components = {
         "attention": _numel(block.attention),
-        "norm": _numel(block.attention_norm) + _numel(block.ffn_norm),
+        "norm": sum(map(_numel, block.norms)),
     }
     if block.ffn is not None:
         return components | {"dense": _numel(block.ffn)}

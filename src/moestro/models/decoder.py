@@ -14,7 +14,7 @@ from moestro.models.attention import GroupedQueryAttention
 from moestro.models.cache import KeyValueCache, LayerCache
 from moestro.models.counts import ModelCounts, count_flops_per_token, count_parameters
 from moestro.models.latent import LatentAttention
-from moestro.models.norm import RMSNorm
+from moestro.models.norm import NORMS, times
 from moestro.models.rotary import Rotary
 from moestro.routing import Context, Decision
 
@@ -22,12 +22,21 @@ Attention = GroupedQueryAttention | LatentAttention
 
 
 class Block(nn.Module):
-    """One pre-norm layer.
+    """One layer of attention and one feed-forward network, each beside the residual stream.
 
-        x = x + attention(norm(x)),   x = x + feed_forward(norm(x))
+        x = x + after(attention(norm(x))),   x = x + after(feed_forward(norm(x)))
 
     The feed-forward network is called `moe` if it is a mixture of experts, `ffn` if it is dense; the other is None.
     A list of `decisions` gets that of the mixture appended.
+
+    Args:
+        attention: mixes positions.
+        feed_forward: acts on each.
+        width: model width.
+        eps: of the norms.
+        norm: `rms` or `layer`.
+        norm_place: `before` each network as usual, `after` it (OLMo 2, 2024), or `both`.
+        residual_scale: what each network's result is multiplied with, where no norm follows it.
 
     Shapes: x `[batch, length, width]` -> the same.
     """
@@ -35,13 +44,34 @@ class Block(nn.Module):
     moe: MoE | None
     ffn: nn.Module | None
 
-    def __init__(self, attention: Attention, feed_forward: nn.Module, width: int, eps: float):
+    def __init__(
+        self,
+        attention: Attention,
+        feed_forward: nn.Module,
+        width: int,
+        eps: float,
+        norm: str = "rms",
+        norm_place: str = "before",
+        residual_scale: float = 1.0,
+    ):
         super().__init__()
-        self.attention_norm = RMSNorm(width, eps)
-        self.attention = attention
-        self.ffn_norm = RMSNorm(width, eps)
+
+        def before() -> nn.Module:
+            return nn.Identity() if norm_place == "after" else NORMS[norm](width, eps)
+
+        def after() -> nn.Module:
+            return times(residual_scale) if norm_place == "before" else NORMS[norm](width, eps)
+
+        self.width = width
+        self.attention_norm, self.attention, self.attention_after = before(), attention, after()
+        self.ffn_norm, self.ffn_after = before(), after()
         self.moe = feed_forward if isinstance(feed_forward, MoE) else None
         self.ffn = feed_forward if self.moe is None else None
+
+    @property
+    def norms(self) -> tuple[nn.Module, ...]:
+        """What stands before and after attention and feed-forward network; nothing in some places."""
+        return self.attention_norm, self.attention_after, self.ffn_norm, self.ffn_after
 
     def forward(
         self,
@@ -52,8 +82,8 @@ class Block(nn.Module):
         cache: LayerCache | None = None,
         decisions: list[Decision] | None = None,
     ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotary, mask, cache)
-        return x + self.feed_forward(self.ffn_norm(x), context, decisions)
+        x = x + self.attention_after(self.attention(self.attention_norm(x), rotary, mask, cache))
+        return x + self.ffn_after(self.feed_forward(self.ffn_norm(x), context, decisions))
 
     def feed_forward(self, x: Tensor, context: Context | None, decisions: list[Decision] | None = None) -> Tensor:
         if self.moe is not None:
@@ -73,6 +103,11 @@ class DecoderLM(nn.Module):
         rope_theta: base of the rotary positions.
         eps: of the last norm.
         tied_embeddings: one matrix for input and output embeddings.
+        rope_scaling: of those positions, see `rotary_frequencies`.
+        norm: `rms` or `layer`.
+        head_bias: whether the head adds one.
+        embedding_scale: what embeddings are multiplied with.
+        logit_scale: what logits are multiplied with (the states under the head are, which is the same).
         config: the arguments that rebuild this model with `build_language_model(**config)`.
 
     Shapes: tokens `[batch, length]` int64 -> logits `[batch, length, vocab_size]`.
@@ -89,14 +124,20 @@ class DecoderLM(nn.Module):
         eps: float,
         tied_embeddings: bool,
         config: Mapping[str, Any],
+        rope_scaling: Mapping[str, Any] | None = None,
+        norm: str = "rms",
+        head_bias: bool = False,
+        embedding_scale: float = 1.0,
+        logit_scale: float = 1.0,
     ):
         super().__init__()
         self.max_length, self.config = max_length, dict(config)
         self.embedding = nn.Embedding(vocab_size, width)
-        self.rotary = Rotary(blocks[0].attention.rotary_dim, max_length, rope_theta)
+        self.rotary = Rotary(blocks[0].attention.rotary_dim, max_length, rope_theta, rope_scaling)
         self.layers = nn.ModuleList(blocks)
-        self.norm = RMSNorm(width, eps)
-        self.head = nn.Linear(width, vocab_size, bias=False)
+        self.norm = NORMS[norm](width, eps)
+        self.head = nn.Linear(width, vocab_size, bias=head_bias)
+        self.embedding_scale, self.logit_scale = times(embedding_scale), times(logit_scale)
         if tied_embeddings:
             self.head.weight = self.embedding.weight
 
@@ -124,19 +165,19 @@ class DecoderLM(nn.Module):
         cache: KeyValueCache | None = None,
         domain: Tensor | None = None,
     ) -> Tensor:
-        """The states under the head, normalised, `[batch, length, width]`."""
+        """The states under the head, normalised and scaled, `[batch, length, width]`."""
         start = 0 if cache is None else cache.length
         self._check(tokens, start, valid, cache)
         rotary = self.rotary(start, tokens.shape[1])
         mask = _attention_mask(tokens, start, valid)
         context = _context(tokens, start, valid, domain)
         decisions: list[Decision] = []
-        x = self.embedding(tokens)
+        x = self.embedding_scale(self.embedding(tokens))
         for index, layer in enumerate(self.layers):
             x = layer(x, rotary, mask, context, None if cache is None else cache.layers[index], decisions)
             if decisions:  # some routers read what the mixture before them decided
                 context = replace(context, previous=decisions.pop())
-        return self.norm(x)
+        return self.logit_scale(self.norm(x))
 
     def new_cache(self, batch: int, max_length: int | None = None) -> KeyValueCache:
         """An empty key-value cache for `batch` sequences, in the dtype of the weights."""

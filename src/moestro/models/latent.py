@@ -27,6 +27,7 @@ class LatentAttention(nn.Module):
         nope_dim: features of a head's query and key that are not rotated.
         rope_dim: features that are rotated; the key's are shared by all heads.
         value_dim: features of a head's value.
+        temperature: what the scores are multiplied with beside 1 / sqrt(nope_dim + rope_dim).
 
     Shapes: as `GroupedQueryAttention`, rotary `[length, 1, rope_dim / 2]` twice.
     """
@@ -41,10 +42,12 @@ class LatentAttention(nn.Module):
         nope_dim: int,
         rope_dim: int,
         value_dim: int,
+        temperature: float = 1.0,
     ):
         super().__init__()
         self.num_heads, self.q_lora_rank, self.kv_lora_rank = num_heads, q_lora_rank, kv_lora_rank
         self.nope_dim, self.rope_dim, self.value_dim = nope_dim, rope_dim, value_dim
+        self.scale = temperature * (nope_dim + rope_dim) ** -0.5
         query_size = num_heads * (nope_dim + rope_dim)
         if q_lora_rank is None:
             self.query = nn.Linear(width, query_size, bias=False)
@@ -86,7 +89,7 @@ class LatentAttention(nn.Module):
         key, value = self.expand_latent(latent, key_rope)
         # kernels want heads of one size: zeros behind the values are 1.5 times faster than the general path on CPU
         padding = query.shape[-1] - self.value_dim
-        y = attend(query, key, F.pad(value, (0, max(padding, 0))), mask, whole=cache is None)
+        y = attend(query, key, F.pad(value, (0, max(padding, 0))), mask, whole=cache is None, scale=self.scale)
         return self.output(y.unflatten(-1, (self.num_heads, -1))[..., : self.value_dim].flatten(2))
 
     def project_query(self, x: Tensor) -> Tensor:

@@ -35,11 +35,11 @@ class Activations:
 
     def head(self, model: DecoderLM) -> int:
         """The last norm; logits, their log-softmax and its gradient."""
-        return self.norm(len(model.norm.weight)) + model.vocab_size * (8 + self.size)
+        return self.norm(model.embedding.embedding_dim) + model.vocab_size * (8 + self.size)
 
     def block(self, block: Block) -> int:
-        width = len(block.attention_norm.weight)
-        return 2 * self.norm(width) + self.attention(block.attention) + self.feed_forward(block, width)
+        width, count = block.width, sum(any(True for _ in norm.parameters()) for norm in block.norms)
+        return count * self.norm(width) + self.attention(block.attention) + self.feed_forward(block, width)
 
     def norm(self, width: int) -> int:
         """Input and normalised input in float32, and the result as the next matrix product takes it."""

@@ -1,10 +1,29 @@
-"""Root-mean-square normalisation."""
+"""Normalisation of the residual stream, and the constants that some models scale it by."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class Times(nn.Module):
+    """Multiplies by a constant. Shapes: `[...]` -> the same."""
+
+    def __init__(self, factor: float):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+    def extra_repr(self) -> str:
+        return f"{self.factor}"
+
+
+def times(factor: float) -> nn.Module:
+    """`Times`, or nothing where the factor is 1."""
+    return nn.Identity() if factor == 1 else Times(factor)
 
 
 class RMSNorm(nn.Module):
@@ -30,3 +49,7 @@ class RMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{len(self.weight)}, eps={self.eps}"
+
+
+#: by name: how the residual stream is normalised; `layer` subtracts the mean and adds a bias (Ba et al. 2016)
+NORMS = {"rms": RMSNorm, "layer": nn.LayerNorm}

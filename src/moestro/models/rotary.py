@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+from moestro.models.rope_scaling import rotary_frequencies
 
 
 class Rotary(nn.Module):
@@ -15,6 +20,7 @@ class Rotary(nn.Module):
         width: features to rotate; even.
         max_length: positions in the tables.
         theta: base of the frequencies.
+        scaling: for longer sequences than those of pretraining, see `rotary_frequencies`; None = none.
 
     Shapes: -> cosine and sine `[length, 1, width / 2]`, the 1 for the heads.
     """
@@ -22,14 +28,16 @@ class Rotary(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, width: int, max_length: int, theta: float = 10000.0):
+    def __init__(
+        self, width: int, max_length: int, theta: float = 10000.0, scaling: Mapping[str, Any] | None = None
+    ):
         super().__init__()
         if width % 2:
             raise ValueError(f"rotary positions turn pairs, but the head has {width} features; pass an even number")
-        frequency = 1.0 / theta ** (torch.arange(0, width, 2).float() / width)
+        frequency, magnitude = rotary_frequencies(width, theta, scaling)
         angle = torch.outer(torch.arange(max_length).float(), frequency)[:, None]
-        self.register_buffer("cos", angle.cos(), persistent=False)
-        self.register_buffer("sin", angle.sin(), persistent=False)
+        self.register_buffer("cos", angle.cos() * magnitude, persistent=False)
+        self.register_buffer("sin", angle.sin() * magnitude, persistent=False)
 
     def forward(self, start: int, length: int) -> tuple[Tensor, Tensor]:
         return self.cos[start : start + length], self.sin[start : start + length]
@@ -52,6 +60,23 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Shapes: x `[batch, length, heads, width]` -> the same.
     """
     return _turn(x[..., 0::2], x[..., 1::2], cos, sin)
+
+
+ROTATIONS = {"halves": rotate_halves, "pairs": rotate_pairs}
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, order: str) -> Tensor:
+    """Turn the first features of each head, as many as the tables are for; the others stay as they are.
+
+    Args:
+        x: `[batch, length, heads, width]`.
+        cos: `[length, 1, rotated / 2]`.
+        sin: likewise.
+        order: which features form a pair: `halves` or `pairs`.
+    """
+    rotated = 2 * cos.shape[-1]
+    turned = ROTATIONS[order](x[..., :rotated], cos, sin)
+    return turned if rotated == x.shape[-1] else torch.cat([turned, x[..., rotated:]], dim=-1)
 
 
 def _turn(first: Tensor, second: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
