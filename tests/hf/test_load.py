@@ -18,6 +18,29 @@ from moestro.models import load_model, save_model
 transformers = pytest.importorskip("transformers")
 
 LATENT = {"q_lora_rank": None, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1e4}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "rope_theta": 1e4,
+}
+LONG = {
+    "rope_type": "longrope",
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0] * 4,
+    "original_max_position_embeddings": 16,
+    "rope_theta": 1e4,
+}
+ALPHA = {"rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0, "rope_theta": 1e4}
+SCALED = {
+    "embedding_multiplier": 12.0,
+    "attention_multiplier": 0.25,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 49.0,
+}
 STOCK = {
     "mixtral": {},
     "mixtral, narrow heads, tied": {"head_dim": 4, "tie_word_embeddings": True},
@@ -32,6 +55,32 @@ STOCK = {
     "deepseek_v2": {},
     "deepseek_v2, greedy, no query latent": {**LATENT, "topk_method": "greedy", "routed_scaling_factor": 16.0},
     "deepseek_v3, no query latent": {**LATENT, "n_shared_experts": 2, "n_group": 1, "topk_group": 1},
+    "deepseek_v3, longer": {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7}},
+    "deepseek_v2, longer": {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.7}},
+    "qwen3_moe, longer": {"rope_parameters": YARN},
+    "mixtral, longer": {"rope_parameters": LLAMA3},
+    "olmoe, longer": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
+    "qwen2_moe": {"shared_expert_intermediate_size": 20},
+    "qwen2_moe, no biases, dense first": {
+        "shared_expert_intermediate_size": 10,
+        "qkv_bias": False,
+        "mlp_only_layers": [0],
+    },
+    "glm4_moe": {},
+    "glm4_moe, biases and norms": {"attention_bias": True, "use_qk_norm": True, "n_group": 1, "topk_group": 1},
+    "minimax_m2": {},
+    "minimax_m2, partly rotated": {"rotary_dim": 4},
+    "granitemoe": {},
+    "granitemoe, scaled": {**SCALED, "attention_bias": True},
+    "granitemoeshared": {**SCALED, "shared_intermediate_size": 20},
+    "gpt_oss": {},
+    "gpt_oss, longer, no biases": {"rope_parameters": {**YARN, "truncate": False}, "attention_bias": False},
+    "hunyuan_v1_moe": {},
+    "hunyuan_v1_moe, alpha, biases": {"attention_bias": True, "rope_parameters": ALPHA},
+    "phimoe": {},
+    "phimoe, biases": {"attention_bias": True, "lm_head_bias": True, "router_jitter_noise": 0.01},
+    "flex_olmo": {},
+    "flex_olmo, normalised": {"norm_topk_prob": True},
 }
 
 
@@ -74,15 +123,45 @@ def test_stock_models_compute_the_same_in_our_layers_and_go_back(name, tmp_path)
         assert torch.equal(again(tokens).logits, fresh(tokens).logits)
 
 
-@pytest.mark.parametrize("layout", ["fused", "mergekit", "interleaved"])
-def test_any_layout_is_loaded(layout, tmp_path):
-    save_stock("mixtral", tmp_path / "stock")
+@pytest.mark.parametrize("name", STOCK)
+def test_stock_models_decode_what_they_compute(name, tmp_path):
+    from moestro.inference import generate
+
+    save_stock(name, tmp_path / "stock")
+    model = load(tmp_path / "stock")
+    tokens = torch.randint(64, (2, 14), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected, cache = model(tokens), model.new_cache(2)
+        steps = [model(part, cache=cache) for part in tokens.split([9, 1, 1, 3], dim=1)]
+        assert_close(torch.cat(steps, 1), expected, atol=2e-5, rtol=1e-5)
+        text = tokens[0].tolist()
+        for token in generate(model, tokens[0], 6):
+            logits = model(torch.tensor([text]))[0, -1]
+            assert logits[token] >= logits.max() - 1e-4
+            text.append(token)
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        ("mixtral", "fused"),
+        ("mixtral", "mergekit"),
+        ("mixtral", "interleaved"),
+        ("granitemoe", "fused"),
+        ("granitemoe", "w1w2w3"),
+        ("gpt_oss", "per-expert"),
+    ],
+)
+def test_any_layout_is_loaded(family, layout, tmp_path):
+    save_stock(family, tmp_path / "stock")
     convert(tmp_path / "stock", tmp_path / layout, layout)
     expected, found = load(tmp_path / "stock").state_dict(), load(tmp_path / layout).state_dict()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe, every second", "olmoe", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "name", ["mixtral", "qwen3_moe, every second", "olmoe", "deepseek_v3", "granitemoeshared", "gpt_oss"]
+)
 def test_our_own_layout_and_back_without_the_model_in_memory(name, tmp_path):
     save_stock(name, tmp_path / "stock")
     done = convert(tmp_path / "stock", tmp_path / "ours", "moestro")
@@ -119,16 +198,19 @@ def test_bfloat16_stays(tmp_path):
 @pytest.mark.parametrize(
     ("family", "settings", "message"),
     [
-        ("qwen2_moe", {}, "no block like qwen2_moe's; it builds mixtral, qwen3_moe"),
+        ("jamba", {}, "no block like jamba's: layers of Mamba; it builds mixtral, qwen3_moe"),
+        ("qwen2_moe", {}, "as large as some routed ones of 10, but config.json says 12"),
+        ("qwen2_moe", {"norm_topk_prob": True}, "our qwen2_moe has raw weights"),
+        ("gpt_oss", {"swiglu_limit": 6.0}, "swiglu_limit=7.0, but config.json says 6.0"),
         ("qwen3_moe", {"attention_bias": True}, "attention_bias=False, but config.json says True"),
         ("olmoe", {"clip_qkv": 3.0}, "clip_qkv=None, but config.json says 3.0"),
         ("mixtral", {"sliding_window": 4}, "sliding_window=None, but config.json says 4"),
         ("deepseek_v3", {"norm_topk_prob": False}, "normalises its weights"),
         ("qwen3_moe", {"mlp_only_layers": [1], "num_hidden_layers": 3}, r"mixtures in layers \[0, 2\]"),
         (
-            "mixtral",
-            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
-            "asks for linear scaling",
+            "qwen3_moe",
+            {"rope_parameters": LONG},
+            "scaled by linear, llama3, yarn, but config.json asks for longrope scaling",
         ),
     ],
 )

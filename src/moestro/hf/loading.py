@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moestro.hf.layouts import FAMILIES, StockFolder, find_banks, find_family
 from moestro.hf.layouts.bank import Bank
+from moestro.hf.layouts.forms import Slot
 from moestro.hf.layouts.relayout import Progress, beside_names, copy_beside, write_json
 from moestro.hf.layouts.writer import NewTensor, ShardWriter
 from moestro.hf.stock import stock_arguments
@@ -30,8 +31,8 @@ ONE_FILE = 2**62  # bytes: `load_model` reads models of one file
 def load(path: str | Path) -> DecoderLM:
     """A moestro language model with the weights of a folder of transformers, in evaluation mode on the CPU.
 
-    Mixtral, Qwen3-MoE, OLMoE, DeepSeek-V2 and V3, dots.llm1, Llama and Qwen3, in any layout of their experts (see
-    `moestro.hf.layouts`), and folders that moestro saved.
+    Every family of `moestro.hf.stock_blocks.ARGUMENTS`, in any layout of its experts (see `moestro.hf.layouts`),
+    and folders that moestro saved.
 
     Args:
         path: the folder.
@@ -91,7 +92,7 @@ class StockTensors(Mapping[str, Tensor]):
     def __init__(self, folder: StockFolder):
         self.folder = folder
         self._plain = {name: name for name in folder.tensors}
-        self._experts: dict[str, tuple[Bank, int, str]] = {}
+        self._experts: dict[str, tuple[Bank, int | None, Slot]] = {}
         if folder.model_type in FAMILIES:
             self._find_experts()
 
@@ -111,8 +112,10 @@ class StockTensors(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self._experts:
-            bank, expert, matrix = self._experts[name]
-            return _tensor(bank.read(self.folder, expert)[matrix], bank.dtypes[matrix])
+            bank, expert, slot = self._experts[name]
+            experts = range(bank.count(slot)) if expert is None else [expert]
+            shares = [self._share(bank, each, slot) for each in experts]
+            return _tensor(np.stack(shares) if expert is None else shares[0], bank.dtypes[slot.holds[0]])
         source = self._plain[name]
         return _tensor(self.folder.read(source), self.folder.tensors[source].dtype)
 
@@ -123,6 +126,11 @@ class StockTensors(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._plain) + len(self._experts)
 
+    def _share(self, bank: Bank, expert: int, slot: Slot) -> np.ndarray:
+        """What an expert takes in a tensor of the stock layout."""
+        matrices = bank.read(self.folder, expert)
+        return slot.pack([matrices[matrix] for matrix in slot.holds])
+
     def _find_experts(self) -> None:
         family = find_family(self.folder.model_type, self.folder.tensors)
         _, banks = find_banks(self.folder, family)
@@ -132,7 +140,7 @@ class StockTensors(Mapping[str, Tensor]):
             stock = bank.within(family.stores["transformers"])
             for slot in stock.store.form:
                 for expert, name in enumerate(stock.tensors(slot)):
-                    self._experts[name] = (bank, expert, slot.holds[0])
+                    self._experts[name] = (bank, None if slot.stacked else expert, slot)
 
 
 def to_own_layout(folder: StockFolder, target: Path, progress: Progress) -> int:
@@ -215,7 +223,7 @@ def _arguments(folder: StockFolder) -> dict[str, Any]:
 
 def _layout(folder: StockFolder, model: DecoderLM) -> Layout:
     layout = LAYOUTS[folder.model_type]
-    misfit = layout.misfit(model)
+    misfit = layout.why_not(model)
     if misfit is not None:
         raise ValueError(f"{folder.path} is no {layout.name} that our layers compute: {misfit}")
     return layout

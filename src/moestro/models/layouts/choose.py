@@ -9,10 +9,18 @@ from moestro.models.layouts.deepseek_v2 import DEEPSEEK_V2
 from moestro.models.layouts.deepseek_v3 import DEEPSEEK_V3
 from moestro.models.layouts.dense import LLAMA, QWEN3
 from moestro.models.layouts.dots1 import DOTS1
+from moestro.models.layouts.flex_olmo import FLEX_OLMO
+from moestro.models.layouts.glm4_moe import GLM4_MOE
+from moestro.models.layouts.gpt_oss import GPT_OSS
+from moestro.models.layouts.granitemoe import GRANITEMOE, GRANITEMOESHARED
+from moestro.models.layouts.hunyuan_v1_moe import HUNYUAN_V1_MOE
 from moestro.models.layouts.layout import Layout
+from moestro.models.layouts.minimax_m2 import MINIMAX_M2
 from moestro.models.layouts.mixtral import MIXTRAL
 from moestro.models.layouts.olmoe import OLMOE
 from moestro.models.layouts.own import OWN
+from moestro.models.layouts.phimoe import PHIMOE
+from moestro.models.layouts.qwen2_moe import QWEN2_MOE
 from moestro.models.layouts.qwen3_moe import QWEN3_MOE
 
 
@@ -25,20 +33,36 @@ class Choice:
 
 
 DENSE = (LLAMA, QWEN3, DEEPSEEK_V3)
-SPARSE = (MIXTRAL, QWEN3_MOE, OLMOE, DEEPSEEK_V3, DEEPSEEK_V2, DOTS1)  # in order of preference
+SPARSE = (  # in order of preference
+    MIXTRAL,
+    QWEN3_MOE,
+    OLMOE,
+    DEEPSEEK_V3,
+    DEEPSEEK_V2,
+    DOTS1,
+    QWEN2_MOE,
+    GLM4_MOE,
+    MINIMAX_M2,
+    GRANITEMOE,
+    GRANITEMOESHARED,
+    GPT_OSS,
+    HUNYUAN_V1_MOE,
+    PHIMOE,
+    FLEX_OLMO,
+)
 LAYOUTS = {layout.model_type: layout for layout in (*DENSE, *SPARSE, OWN)}
 
 
 def choose_layout(model: DecoderLM) -> Choice:
     """The first stock layout that computes exactly `model`, else our own, with the reason."""
     sparse = any(block.moe is not None for block in model.blocks)
-    reasons = []
+    reasons: dict[str, list[str]] = {}
     for layout in SPARSE if sparse else DENSE:
-        misfit = layout.misfit(model) or _unmapped(layout, model)
+        misfit = layout.why_not(model) or _unmapped(layout, model)
         if misfit is None:
             return Choice(layout, f"{layout.name} computes exactly this model")
-        reasons.append(f"not {layout.name}: {misfit}")
-    return Choice(OWN, "; ".join(reasons))
+        reasons.setdefault(misfit, []).append(layout.name)
+    return Choice(OWN, "; ".join(f"not {', '.join(names)}: {misfit}" for misfit, names in reasons.items()))
 
 
 def _unmapped(layout: Layout, model: DecoderLM) -> str | None:

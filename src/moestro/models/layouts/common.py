@@ -2,32 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from torch import nn
+
 from moestro.models.attention import GroupedQueryAttention
-from moestro.models.decoder import Attention, Block, DecoderLM
+from moestro.models.decoder import Attention, DecoderLM
 from moestro.models.latent import LatentAttention
 from moestro.models.layouts.rules import Rule, per_expert, same, stacked_rows, transposed
 
 HIDDEN_ACT = {"swiglu": "silu", "geglu": "gelu"}
+CLAMPED = {"clamped_swiglu": "silu"}  # which gpt-oss alone has, under this name
 PROJECTIONS = {name: f"{name}_proj" for name in ("gate", "up", "down")}
 
 
 def frame_rules(model: DecoderLM) -> list[Rule]:
     """Embeddings and the last norm."""
-    rules = [same("embedding.weight", "model.embed_tokens.weight"), same("norm.weight", "model.norm.weight")]
-    return rules if model.config["tied_embeddings"] else [*rules, same("head.weight", "lm_head.weight")]
+    rules = [same("embedding.weight", "model.embed_tokens.weight"), *_all_of("norm", "model.norm", model.norm)]
+    tied = "head.weight" if model.config["tied_embeddings"] else None
+    return [*rules, *(rule for rule in _all_of("head", "lm_head", model.head) if rule.ours[0] != tied)]
 
 
-def attention_rules(index: int, block: Block) -> list[Rule]:
+#: where layers keep their norms, by `norm_place`
+NORM_NAMES = {
+    "before": {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"},
+    "after": {"attention_after": "post_attention_layernorm", "ffn_after": "post_feedforward_layernorm"},
+}
+
+
+def attention_rules(model: DecoderLM, index: int) -> list[Rule]:
     """Both norms and the attention of one layer."""
     ours, theirs = layer_names(index)
+    block = model.blocks[index]
+    norms = NORM_NAMES[model.config["norm_place"]].items()
     return [
-        same(f"{ours}.attention_norm.weight", f"{theirs}.input_layernorm.weight"),
-        same(f"{ours}.ffn_norm.weight", f"{theirs}.post_attention_layernorm.weight"),
-        same(f"{ours}.attention.output.weight", f"{theirs}.self_attn.o_proj.weight"),
+        *(rule for a, b in norms for rule in _all_of(f"{ours}.{a}", f"{theirs}.{b}", getattr(block, a))),
+        *_all_of(f"{ours}.attention.output", f"{theirs}.self_attn.o_proj", block.attention.output),
         *_projection_rules(f"{ours}.attention", f"{theirs}.self_attn", block.attention),
     ]
+
+
+def _all_of(ours: str, theirs: str, module: nn.Module) -> list[Rule]:
+    """Weight and, if there is one, bias."""
+    return [same(f"{ours}.{name}", f"{theirs}.{name}") for name, _ in module.named_parameters()]
 
 
 def _projection_rules(ours: str, theirs: str, attention: Attention) -> list[Rule]:
@@ -38,12 +56,15 @@ def _projection_rules(ours: str, theirs: str, attention: Attention) -> list[Rule
 
 def _grouped_query_rules(ours: str, theirs: str, attention: GroupedQueryAttention) -> list[Rule]:
     sizes = tuple(n * attention.head_dim for n in (attention.num_heads, *[attention.num_kv_heads] * 2))
-    names = tuple(f"{theirs}.{name}_proj.weight" for name in "qkv")
-    rules = [stacked_rows(f"{ours}.qkv.weight", names, sizes)]
-    if attention.qk_norm != "none":
-        rules.append(same(f"{ours}.query_norm.weight", f"{theirs}.q_norm.weight"))
-        rules.append(same(f"{ours}.key_norm.weight", f"{theirs}.k_norm.weight"))
-    return rules
+    rules = [
+        stacked_rows(f"{ours}.qkv.{kind}", tuple(f"{theirs}.{name}_proj.{kind}" for name in "qkv"), sizes)
+        for kind, _ in attention.qkv.named_parameters()
+    ]
+    if attention.sinks is not None:
+        rules.append(same(f"{ours}.sinks", f"{theirs}.sinks"))
+    names = ("query_layernorm", "key_layernorm") if attention.qk_norm == "rotated" else ("q_norm", "k_norm")
+    rules += _all_of(f"{ours}.query_norm", f"{theirs}.{names[0]}", attention.query_norm)
+    return rules + _all_of(f"{ours}.key_norm", f"{theirs}.{names[1]}", attention.key_norm)
 
 
 def _latent_rules(ours: str, theirs: str, attention: LatentAttention) -> list[Rule]:
@@ -71,19 +92,33 @@ def expert_rules(ours: str, theirs: str, num_experts: int, names: dict[str, str]
     ]
 
 
-def mixture_rules(model: DecoderLM, module: str = "mlp", names: dict[str, str] = PROJECTIONS) -> list[Rule]:
-    """A whole model: frame, attention, dense layers, and routers and experts under `module`."""
+def mixture_rules(
+    model: DecoderLM,
+    module: str = "mlp",
+    names: dict[str, str] = PROJECTIONS,
+    router: str = "gate",
+    experts: Callable[[str, str, int, dict[str, str]], list[Rule]] = expert_rules,
+) -> list[Rule]:
+    """A whole model: frame, attention, dense layers, and routers and experts under `module`.
+
+    Args:
+        model: the model.
+        module: theirs of router and experts, below the layer.
+        names: theirs of an expert's matrices, by ours.
+        router: theirs of the router, below `module`.
+        experts: ours and theirs of a bank, its size and `names` -> rules.
+    """
     rules = frame_rules(model)
     for index, block in enumerate(model.blocks):
         ours, theirs = layer_names(index)
         theirs = f"{theirs}.{module}"
-        rules += attention_rules(index, block)
+        rules += attention_rules(model, index)
         if block.moe is None:
             rules += feed_forward_rules(f"{ours}.ffn", theirs)
         else:
-            rules.append(same(f"{ours}.moe.router.scorer.weight", f"{theirs}.gate.weight"))
+            rules.append(same(f"{ours}.moe.router.scorer.weight", f"{theirs}.{router}.weight"))
             num_experts = block.moe.experts.num_experts
-            rules += expert_rules(f"{ours}.moe.experts", f"{theirs}.experts", num_experts, names)
+            rules += experts(f"{ours}.moe.experts", f"{theirs}.experts", num_experts, names)
     return rules
 
 
@@ -102,9 +137,22 @@ def common_config(model: DecoderLM) -> dict[str, Any]:
         "num_hidden_layers": config["num_layers"],
         "num_attention_heads": config["num_heads"],
         "num_key_value_heads": config["num_kv_heads"],
-        "hidden_act": HIDDEN_ACT[config["activation"]],
+        "hidden_act": (HIDDEN_ACT | CLAMPED)[config["activation"]],
         "max_position_embeddings": config["max_length"],
         "rms_norm_eps": config["norm_eps"],
-        "rope_parameters": {"rope_type": "default", "rope_theta": config["rope_theta"]},
+        "rope_parameters": rope_parameters(model),
         "tie_word_embeddings": config["tied_embeddings"],
     }
+
+
+def partial_rope(model: DecoderLM) -> dict[str, Any]:
+    """The same, and the share of a head that is rotated."""
+    config = model.config
+    share = (config["rope_dim"] or config["head_dim"]) / config["head_dim"]
+    return {"rope_parameters": {**rope_parameters(model), "partial_rotary_factor": share}}
+
+
+def rope_parameters(model: DecoderLM) -> dict[str, Any]:
+    """The base of the rotary positions and how they are scaled."""
+    config = model.config
+    return {"rope_type": "default", **(config["rope_scaling"] or {}), "rope_theta": config["rope_theta"]}

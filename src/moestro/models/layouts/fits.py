@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from moestro.experts import GLU
 from moestro.models.decoder import DecoderLM
 from moestro.models.layouts.common import HIDDEN_ACT
@@ -12,6 +14,10 @@ def stock_feed_forward(model: DecoderLM) -> str | None:
     activation = model.config["activation"]
     if activation not in HIDDEN_ACT:
         return f"stock architectures have gated feed-forward networks, not {activation}"
+    return plain_banks(model)
+
+
+def plain_banks(model: DecoderLM) -> str | None:
     kinds = {type(block.moe.experts).__name__ for block in model.blocks if block.moe is not None}
     return (
         None if kinds <= {GLU.__name__} else f"stock architectures have no experts like {', '.join(sorted(kinds))}"
@@ -38,6 +44,17 @@ def heads_fill_width(model: DecoderLM) -> str | None:
     if config["num_heads"] * config["head_dim"] == config["width"]:
         return None
     return f"its heads fill the width {config['width']}, not {config['num_heads']} x {config['head_dim']}"
+
+
+def word_is(model: DecoderLM, argument: str, words: tuple[Any, ...], layout: str) -> str | None:
+    """Whether an argument of the model has a value that the layout can say."""
+    actual = model.config[argument]
+    return None if actual in words else f"{layout} has {argument} {' or '.join(map(repr, words))}, not {actual!r}"
+
+
+def no_shared(model: DecoderLM, layout: str) -> str | None:
+    shared = any(block.moe.shared is not None for block in model.blocks if block.moe is not None)
+    return f"{layout} has no shared experts" if shared else None
 
 
 def all_mixtures(model: DecoderLM, layout: str) -> str | None:

@@ -33,4 +33,4 @@ def config(model: DecoderLM) -> dict[str, Any]:
     return {"vocab_size": model.config["vocab_size"], "tie_word_embeddings": model.config["tied_embeddings"]}
 
 
-OWN = Layout("moestro", "moestro", None, lambda model: None, rules, config)
+OWN = Layout("moestro", "moestro", None, lambda model: None, rules, config, says=None)

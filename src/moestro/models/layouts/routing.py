@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from moestro.models.decoder import DecoderLM
 from moestro.routers import (
+    Biased,
     BiasedSelection,
     Dropless,
     GroupLimitedTopK,
@@ -14,6 +15,7 @@ from moestro.routers import (
     Renormalised,
     Router,
     Scaled,
+    SparseMixer,
     TokenChoice,
     TopK,
     as_is,
@@ -51,6 +53,46 @@ class GroupedSoftmaxTopK:
     scale: float
 
 
+@dataclass(frozen=True)
+class BiasedLogitsTopK:
+    """Logits with a learned bias, the k highest, weighed by a softmax over them: gpt-oss."""
+
+    top_k: int
+
+
+@dataclass(frozen=True)
+class BiasedSoftmaxTopK:
+    """Softmax over all experts, chosen with a bias, weights normalised to one: ERNIE 4.5."""
+
+    top_k: int
+
+
+@dataclass(frozen=True)
+class SparseMixing:
+    """One choice after another, each weighed among the experts close to it: Phi-3.5-MoE."""
+
+    top_k: int
+    epsilon: float
+
+
+def biased_logits_top_k(model: DecoderLM) -> BiasedLogitsTopK | None:
+    """The routing of all MoE layers if it is gpt-oss's, the same everywhere, and else None."""
+    found = {_biased_logits_top_k(router) for router in _routers(model)}
+    return found.pop() if len(found) == 1 else None
+
+
+def biased_softmax_top_k(model: DecoderLM) -> BiasedSoftmaxTopK | None:
+    """The routing of all MoE layers if it is ERNIE 4.5's, the same everywhere, and else None."""
+    found = {_biased_softmax_top_k(router) for router in _routers(model)}
+    return found.pop() if len(found) == 1 else None
+
+
+def sparse_mixing(model: DecoderLM) -> SparseMixing | None:
+    """The routing of all MoE layers if it is Phi-3.5-MoE's, the same everywhere, and else None."""
+    found = {_sparse_mixing(router) for router in _routers(model)}
+    return found.pop() if len(found) == 1 else None
+
+
 def softmax_top_k(model: DecoderLM) -> SoftmaxTopK | None:
     """The routing of all MoE layers if it is softmax top-k, the same everywhere, and else None."""
     found = {_softmax_top_k(router) for router in _routers(model)}
@@ -73,9 +115,9 @@ def _routers(model: DecoderLM) -> list[Router]:
     return [block.moe.router for block in model.blocks if block.moe is not None]
 
 
-def _plain(router: Router) -> TokenChoice | None:
+def _plain(router: Router, scorer: type = Linear) -> TokenChoice | None:
     """A linear scorer without noise in front and nobody dropped behind."""
-    if type(router) is not TokenChoice or type(router.scorer) is not Linear:
+    if type(router) is not TokenChoice or type(router.scorer) is not scorer:
         return None
     return router if isinstance(router.noise, NoNoise) and isinstance(router.capacity, Dropless) else None
 
@@ -88,6 +130,28 @@ def _softmax_top_k(router: Router) -> SoftmaxTopK | None:
         return SoftmaxTopK(plain.select.k, normalised=False)
     normalised = plain.weigh is softmax_over_selected or plain.weigh == Renormalised()
     return SoftmaxTopK(plain.select.k, normalised=True) if normalised else None
+
+
+def _biased_logits_top_k(router: Router) -> BiasedLogitsTopK | None:
+    plain = _plain(router, Biased)
+    if plain is None or type(plain.scorer.scorer) is not Linear:
+        return None
+    fits = plain.gate is softmax and type(plain.select) is TopK and plain.weigh is softmax_over_selected
+    return BiasedLogitsTopK(plain.select.k) if fits else None
+
+
+def _biased_softmax_top_k(router: Router) -> BiasedSoftmaxTopK | None:
+    plain = _plain(router)
+    if plain is None or plain.gate is not softmax or type(plain.select) is not BiasedSelection:
+        return None
+    fits = type(plain.select.select) is TopK and plain.weigh == Renormalised()
+    return BiasedSoftmaxTopK(plain.select.k) if fits else None
+
+
+def _sparse_mixing(router: Router) -> SparseMixing | None:
+    if type(router) is not SparseMixer or type(router.scorer) is not Linear:
+        return None
+    return SparseMixing(int(router.top_k), router.epsilon)
 
 
 def _biased_sigmoid_top_k(router: Router) -> BiasedSigmoidTopK | None:

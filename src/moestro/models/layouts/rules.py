@@ -52,6 +52,29 @@ def per_expert(ours: str, theirs: str, num_experts: int) -> Rule:
     return Rule((ours,), names, lambda x: [w.T for w in x[0]], lambda x: [torch.stack([w.T for w in x])])
 
 
+def joined(ours: tuple[str, ...], theirs: str, axis: int, *, transpose: bool = False) -> Rule:
+    """Tensors that they hold in one, behind each other along an axis, their last two axes swapped or not."""
+
+    def split(x: Sequence[Tensor]) -> Sequence[Tensor]:
+        return [torch.cat([part.mT if transpose else part for part in x], dim=axis)]
+
+    def join(x: Sequence[Tensor]) -> Sequence[Tensor]:
+        return [part.mT if transpose else part for part in x[0].chunk(len(ours), dim=axis)]
+
+    return Rule(ours, (theirs,), split, join)
+
+
+def interleaved(ours: tuple[str, ...], theirs: str) -> Rule:
+    """Tensors that they hold in one whose last axis takes from each in turn."""
+    count = len(ours)
+    return Rule(
+        ours,
+        (theirs,),
+        lambda x: [torch.stack(list(x), dim=-1).flatten(-2)],
+        lambda x: [x[0][..., index::count] for index in range(count)],
+    )
+
+
 def to_theirs(rules: Iterable[Rule], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our tensors under their names and shapes, contiguous."""
     tensors = {}
@@ -67,7 +90,8 @@ def to_ours(rules: Iterable[Rule], tensors: Mapping[str, Tensor]) -> dict[str, T
     Raises:
         ValueError: a tensor is missing, or one is left over.
     """
-    rules, state = list(rules), {}
+    rules = list(rules)
+    state: dict[str, Tensor] = {}
     wanted = {name for rule in rules for name in rule.theirs}
     for problem, names in (("lacks", wanted - set(tensors)), ("has unknown", set(tensors) - wanted)):
         if names:
