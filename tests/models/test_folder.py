@@ -79,7 +79,10 @@ def test_a_model_goes_into_the_layout_that_computes_it(layout, tmp_path):
         ({"method": "mixtral", "attention": "latent"}, "DeepSeek-V3 routes by biased sigmoid scores and top-k"),
         ({"method": "deepseek-v3", "every": 2}, "dense layers come first, but layers [0, 2] are dense"),
         ({"method": "deepseek-v3", "options": {"shared_experts": 0}}, "pass shared_experts >= 1"),
-        ({"method": "deepseek-v3", "attention": "grouped-query"}, "attention is latent, not grouped-query"),
+        (
+            {"method": "deepseek-v3", "attention": "grouped-query", "qk_norm": "full"},
+            "attention is latent, not grouped-query",
+        ),
         ({"method": "deepseek-v3", "options": {"top_k": 2, "num_groups": 8, "groups_kept": 4}}, "each needs two"),
     ],
 )
