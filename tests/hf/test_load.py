@@ -80,6 +80,9 @@ STOCK = {
     "phimoe": {},
     "phimoe, biases": {"attention_bias": True, "lm_head_bias": True, "router_jitter_noise": 0.01},
     "flex_olmo": {},
+    "ernie4_5_moe": {},
+    "ernie4_5_moe, dense first, unshared": {"moe_layer_start_index": 1, "moe_num_shared_experts": 0},
+    "ernie4_5_moe, every second": {"num_hidden_layers": 4, "moe_layer_interval": 2},
     "flex_olmo, normalised": {"norm_topk_prob": True},
 }
 

@@ -41,7 +41,12 @@ def _places(config: Config) -> dict[str, int]:
     number, step = config["num_hidden_layers"], config.get("decoder_sparse_step", 1)
     dense = set(config.get("mlp_only_layers") or [])
     sparse = [i for i in range(number) if i not in dense and (i + 1) % step == 0]
-    for first, every in [(len(dense), 1), (0, step)]:
+    return _first_and_every(number, sparse, [(len(dense), 1), (0, step)])
+
+
+def _first_and_every(number: int, sparse: list[int], ways: list[tuple[int, int]]) -> dict[str, int]:
+    """The way in which mixtures lie where they do."""
+    for first, every in ways:
         if sparse and list(range(first + every - 1, number, every)) == sparse:
             return {"first_dense": first, "every": every}
     raise ValueError(
@@ -232,6 +237,22 @@ def _phimoe(config: Config) -> dict[str, Any]:
     }
 
 
+def _ernie4_5_moe(config: Config) -> dict[str, Any]:
+    number, interval = config["num_hidden_layers"], config.get("moe_layer_interval", 1)
+    start, end = config.get("moe_layer_start_index", 1), config.get("moe_layer_end_index", -1)
+    end = number - 1 if end == -1 else end
+    sparse = [i for i in range(number) if start <= i <= end and (i + 1) % interval == 0]
+    return {
+        "method": "ernie-4-5",
+        "options": {"top_k": config["moe_k"], "shared_experts": config.get("moe_num_shared_experts", 2)},
+        **_first_and_every(number, sparse, [(start, interval), (0, interval)]),
+        "num_experts": config["moe_num_experts"],
+        "expert_hidden": config["moe_intermediate_size"],
+        "head_dim": config["hidden_size"] // config["num_attention_heads"],
+        "rope_order": "pairs",
+    }
+
+
 def _flex_olmo(config: Config) -> dict[str, Any]:
     return _olmoe(config) | {"norm_place": "after"}
 
@@ -258,6 +279,7 @@ ARGUMENTS: Mapping[str, Callable[[Config], dict[str, Any]]] = MappingProxyType(
         "hunyuan_v1_moe": _hunyuan,
         "phimoe": _phimoe,
         "flex_olmo": _flex_olmo,
+        "ernie4_5_moe": _ernie4_5_moe,
         "llama": _dense("none"),
         "qwen3": _dense("head"),
     }
@@ -276,6 +298,7 @@ NEVER_HERE: Mapping[str, Config] = MappingProxyType(
         "hunyuan_v1_moe": {"sliding_window": None},
         "phimoe": {"sliding_window": None, "input_jitter_noise": 0.0},
         "minimax_m2": {**_PLAIN, "router_jitter_noise": 0.0},
+        "ernie4_5_moe": {"use_bias": False, "sliding_window": None},
         "gpt_oss": {"swiglu_alpha": 1.702, "swiglu_limit": 7.0},
     }
 )

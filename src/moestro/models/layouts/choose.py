@@ -9,6 +9,7 @@ from moestro.models.layouts.deepseek_v2 import DEEPSEEK_V2
 from moestro.models.layouts.deepseek_v3 import DEEPSEEK_V3
 from moestro.models.layouts.dense import LLAMA, QWEN3
 from moestro.models.layouts.dots1 import DOTS1
+from moestro.models.layouts.ernie4_5_moe import ERNIE4_5_MOE
 from moestro.models.layouts.flex_olmo import FLEX_OLMO
 from moestro.models.layouts.glm4_moe import GLM4_MOE
 from moestro.models.layouts.gpt_oss import GPT_OSS
@@ -49,6 +50,7 @@ SPARSE = (  # in order of preference
     HUNYUAN_V1_MOE,
     PHIMOE,
     FLEX_OLMO,
+    ERNIE4_5_MOE,
 )
 LAYOUTS = {layout.model_type: layout for layout in (*DENSE, *SPARSE, OWN)}
 

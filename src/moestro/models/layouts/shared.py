@@ -24,6 +24,15 @@ def plain_shared_experts(model: DecoderLM) -> str | None:
     return None if plain else "it has shared experts without a gate; pass shared_experts >= 1"
 
 
+def shared_or_none(model: DecoderLM) -> str | None:
+    """The same shared experts in all mixtures, without a gate, or none in any."""
+    shared = {
+        each.hidden if isinstance(each, FeedForward) else each if each is None else "other"
+        for each in (block.moe.shared for block in model.blocks if block.moe is not None)
+    }
+    return None if len(shared) == 1 and "other" not in shared else "it has shared experts without a gate, or none"
+
+
 def shared_rules(model: DecoderLM) -> list[Rule]:
     """A whole model with shared experts, and the selection bias where routers have one."""
     table, state = mixture_rules(model), model.state_dict()
