@@ -37,6 +37,7 @@ SMALL = [GRID[0], GRID[3], GRID[6], GRID[8]]
 def test_every_arrangement_loads_what_every_other_saved(tmp_path, arrangements, method):
     run_all(tmp_path, arrangements, method)
     alone = json.loads((tmp_path / "save0.json").read_text())
+    whole = len(read_checkpoint(tmp_path / "step-0").tensors)  # written by one process
     for number, source in enumerate(arrangements):
         steps = json.loads((tmp_path / f"save{number}.json").read_text())
         assert_close(exact(steps), exact(alone), rtol=1e-8, atol=1e-10, msg=source.name)
@@ -44,7 +45,7 @@ def test_every_arrangement_loads_what_every_other_saved(tmp_path, arrangements, 
             loaded = json.loads((tmp_path / f"load{number}to{to}.json").read_text())
             what = f"{source.name} to {target.name}"
             assert sum(bad for _, bad in loaded["same"]) == 0, what
-            assert sum(good for good, _ in loaded["same"]) > 100, what
+            assert sum(good for good, _ in loaded["same"]) >= whole, what
             assert_close(exact(loaded["third"]), exact(steps[2]), rtol=1e-8, atol=1e-10, msg=what)
     said = json.loads((tmp_path / "guard.json").read_text())
     assert said.pop("full disk") == ["rank 2: No space left on device"] * 4  # and nothing is left
