@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from moestro.parallel.traffic import Link, Phase, Traffic
+
+Works = list[Any]
 
 
 class Wire:
@@ -75,13 +78,31 @@ class Wire:
         arrived = wire_rows.new_empty(sum(receive), *rows.shape[1:])
         each = wire_rows.element_size() * rows.shape[1:].numel()
         self.traffic.add(name, phase, [n * each for n in send], self.links)
-        work = dist.all_to_all_single(arrived, wire_rows, list(receive), list(send), self.group, async_op=True)
+        begin = self._one_by_one if dist.get_backend(self.group) == "gloo" else self._all_at_once
+        works = begin(arrived, wire_rows, list(receive), list(send))
 
         def wait(kept: Tensor = wire_rows) -> Tensor:  # the back end reads the rows until then
-            work.wait()
+            for work in works:
+                work.wait()
             return arrived.to(rows.dtype)
 
         return wait
+
+    def _all_at_once(self, arrived: Tensor, rows: Tensor, receive: list[int], send: list[int]) -> Works:
+        return [dist.all_to_all_single(arrived, rows, receive, send, self.group, async_op=True)]
+
+    def _one_by_one(self, arrived: Tensor, rows: Tensor, receive: list[int], send: list[int]) -> Works:
+        """All rows are asked for before any are sent, beginning with the next rank.
+
+        gloo's own all-to-all sends first; between two ranks that do not start at the same moment its request for
+        rows then waits behind the rows it sends, and one link carries one direction at a time: measured, twice the
+        time of an exchange with one other node.
+        """
+        here, there = arrived.split(receive), rows.split(send)
+        here[self.rank].copy_(there[self.rank])
+        turns = [(self.rank + turn) % self.size for turn in range(1, self.size)]
+        works = [dist.irecv(here[r], group=self.group, group_src=r) for r in reversed(turns) if receive[r]]
+        return works + [dist.isend(there[r], group=self.group, group_dst=r) for r in turns if send[r]]
 
     def gather(self, rows: Tensor, sizes: Sequence[int], name: str, phase: Phase, exact: bool = False) -> Tensor:
         """The rows of all ranks, rank r having `sizes[r]` of them."""
