@@ -1,15 +1,22 @@
 """How many of scikit-learn's own checks each gate with each expert passes, as a table.
 
-python benchmarks/estimator_checks.py                      all pairs and both samplers (hours)
+python benchmarks/estimator_checks.py                      all pairs and both samplers (about an hour)
 python benchmarks/estimator_checks.py --gate kernel --expert linear elm
-python benchmarks/estimator_checks.py --lines checks.txt   keeps a line per pair there and goes on after the last
+python benchmarks/estimator_checks.py --lines checks.txt   keeps a line per pair there and leaves out those it finds
+
+A line says kind, expert, gate, checks passed, skipped and failed, seconds of processor time, and the last commit
+that touched the mixtures, with a + where they are changed since. Ends with 1 where a check failed.
 """
 
 from __future__ import annotations
 
 import argparse
+import platform
+import subprocess
+import sys
 import time
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +41,7 @@ SAMPLERS = {
     "classifier": DirichletProcessMixtureOfExpertsClassifier(n_burn=10, n_samples=5, n_chains=1),
 }
 Key = tuple[str, str, str]  # kind, expert, gate
+ROOM = "src/moestro/mixtures"
 
 
 def main() -> None:
@@ -42,19 +50,31 @@ def main() -> None:
     parser.add_argument("--expert", nargs="*", default=None)
     parser.add_argument("--lines", type=Path, default=None)
     options = parser.parse_args()
-    done = read(options.lines)
+    done, now = read(options.lines), commit()
     for key, estimator in pairs().items():
         _, expert, gate = key
         wanted = gate in options.gate and (options.expert is None or expert in options.expert)
         if key in done or not wanted:
             continue
-        done[key] = counts = checked(estimator)
-        line = " ".join([*key, *(f"{count:g}" for count in counts)])
+        done[key] = counts = [*checked(estimator), now]
+        line = " ".join([*key, *counts])
         print(line, flush=True)
         if options.lines is not None:
             with options.lines.open("a") as file:
                 file.write(line + "\n")
     print(table(done))
+    sys.exit(int(any(counts[2] != "0" for counts in done.values())))
+
+
+def commit() -> str:
+    """The last commit that touched the mixtures, and a + where they are changed since."""
+    root = Path(__file__).parents[1]
+
+    def git(*words: str) -> str:
+        found = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True)
+        return found.stdout.strip()
+
+    return git("log", "-1", "--format=%h", "--", ROOM) + ("+" if git("status", "--porcelain", ROOM) else "")
 
 
 def pairs() -> dict[Key, Any]:
@@ -69,9 +89,9 @@ def pairs() -> dict[Key, Any]:
     return found
 
 
-def checked(estimator: Any) -> list[float]:
-    """Checks passed, skipped and failed, and seconds; prints what failed."""
-    begin = time.perf_counter()
+def checked(estimator: Any) -> list[str]:
+    """Checks passed, skipped and failed, and seconds of processor time; prints what failed."""
+    begin = time.process_time()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         results = check_estimator(estimator, on_fail=None)
@@ -79,19 +99,19 @@ def checked(estimator: Any) -> list[float]:
         if result["status"] == "failed":
             print(f"    {result['check_name']}: {result['exception']!s:.300}", flush=True)
     status = [result["status"] for result in results]
-    counts = [float(status.count(name)) for name in ("passed", "skipped", "failed")]
-    return [*counts, round(time.perf_counter() - begin, 1)]
+    counts = [str(status.count(name)) for name in ("passed", "skipped", "failed")]
+    return [*counts, f"{time.process_time() - begin:.1f}"]
 
 
-def read(path: Path | None) -> dict[Key, list[float]]:
+def read(path: Path | None) -> dict[Key, list[str]]:
     """What earlier runs found."""
     if path is None or not path.exists():
         return {}
     words = [line.split() for line in path.read_text().splitlines()]
-    return {(kind, expert, gate): [float(n) for n in counts] for kind, expert, gate, *counts in words}
+    return {(kind, expert, gate): counts for kind, expert, gate, *counts in words}
 
 
-def table(done: dict[Key, list[float]]) -> str:
+def table(done: dict[Key, list[str]]) -> str:
     """Passed/failed of each pair, a dot where it has not been run, and the sums."""
     gates = list(GATES)
     lines = [
@@ -106,13 +126,21 @@ def table(done: dict[Key, list[float]]) -> str:
             lines.append(f"{kind + ' ' + expert:<24}" + "".join(f"{text:>20}" for text in cells))
     for kind in SAMPLERS:
         lines.append(f"{kind + ' sampler':<24}{cell(done.get((kind, 'process', 'sampler'))):>20}")
-    passed, skipped, failed = (int(sum(counts[k] for counts in done.values())) for k in range(3))
-    lines += ["", f"{len(done)} of {len(pairs())} run: {passed} checks passed, {skipped} skipped, {failed} failed."]
+    passed, skipped, failed, seconds = (sum(float(counts[k]) for counts in done.values()) for k in range(4))
+    commits = Counter(counts[4] for counts in done.values())
+    slowest = sorted(done, key=lambda key: -float(done[key][3]))[:3]
+    lines += [
+        "",
+        f"{len(done)} of {len(pairs())} run: {passed:g} checks passed, {skipped:g} skipped, {failed:g} failed.",
+        f"{seconds / 60:.0f} minutes of processor time on {platform.machine()}, one thread; slowest: "
+        + ", ".join(f"{' '.join(key)} {float(done[key][3]):.0f} s" for key in slowest),
+        "Commits: " + ", ".join(f"{name} ({count} run)" for name, count in commits.items()),
+    ]
     return "\n".join(lines)
 
 
-def cell(counts: list[float] | None) -> str:
-    return "." if counts is None else f"{counts[0]:g}/{counts[2]:g}"
+def cell(counts: list[str] | None) -> str:
+    return "." if counts is None else f"{counts[0]}/{counts[2]}"
 
 
 if __name__ == "__main__":

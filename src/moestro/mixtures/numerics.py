@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import digamma, polygamma
+from scipy.linalg.lapack import dposv
+from scipy.special import digamma, zeta
 
 Array = NDArray[Any]  # float64 unless a name says otherwise
 
@@ -152,11 +153,10 @@ def solve_positive(matrix: Array, vector: Array) -> Array:
     """Solve with a symmetric positive semi-definite matrix, with a last resort for singular ones."""
     size = matrix.shape[0]
     nudged = matrix + np.eye(size) * (1e-12 * np.trace(matrix) / size + 1e-300)
-    try:
-        lower = np.linalg.cholesky(nudged)
-    except np.linalg.LinAlgError:
+    _, answer, trouble = dposv(nudged, vector[:, None], lower=1)
+    if trouble:
         return np.linalg.lstsq(matrix, vector, rcond=None)[0]
-    return np.linalg.solve(lower.T, np.linalg.solve(lower, vector))
+    return answer[:, 0]
 
 
 def is_empty(mass_per_expert: Array, total: float) -> Array:
@@ -168,6 +168,8 @@ def gamma_shape(gap: Array) -> Array:
     """Solves `log a - ψ(a) = gap` by Newton steps from Minka's start, on [1e-3, 1e6]."""
     gap = np.maximum(gap, 5e-7)  # a <= 1e6
     a = (3 - gap + np.sqrt((gap - 3) ** 2 + 24 * gap)) / (12 * gap)
-    for _ in range(10):
-        a = np.clip(a - (np.log(a) - digamma(a) - gap) / (1 / a - polygamma(1, a)), 1e-3, 1e6)
+    for _ in range(10):  # zeta(2, a) is the trigamma function
+        before, a = a, np.clip(a - (np.log(a) - digamma(a) - gap) / (1 / a - zeta(2, a)), 1e-3, 1e6)
+        if (np.abs(a - before) <= 1e-15 * a).all():
+            break
     return a

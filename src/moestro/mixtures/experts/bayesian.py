@@ -48,7 +48,7 @@ class BayesianExpert(Expert):
             if self.precision is not None:
                 start = (self.precision, start[1])
             block = gram[i], cross[:, i], float(square[i]), float(total[i])
-            found.append(_climb(block, start, max(rows.floor, 1e-8), self.precision is None))
+            found.append(_climb(block, start, max(rows.floor, 1e-8), self.precision is None, effort.enough))
         names = ("coef", "spread", "noise", "precision", "divergence")
         new = {name: np.array([each[k] for each in found]) for k, name in enumerate(names)}
         new["coef"] = new["coef"][:, :, None]
@@ -114,15 +114,19 @@ def _posterior(block: Block, precision: float, noise: float) -> tuple[Array, Arr
 
 
 def _climb(
-    block: Block, start: tuple[float, float], floor: float, learn: bool
+    block: Block, start: tuple[float, float], floor: float, learn: bool, enough: float
 ) -> tuple[Array, Array, float, float, float]:
-    """Variational steps in precision and noise; each is the maximum of the bound given the posterior."""
+    """Variational steps in precision and noise, each the maximum of the bound given the posterior, until one of
+    them gains less than enough."""
     precision, noise = float(start[0]), float(max(start[1], floor))
-    mean, spread, error, divergence, _ = _posterior(block, precision, noise)
+    mean, spread, error, divergence, bound = _posterior(block, precision, noise)
     for _ in range(_STEPS):
         noise = max(error / max(block[3], 1e-300), floor)
         if learn and len(mean) > 1:
             size = float((mean[1:] ** 2).sum() + np.trace(spread[1:, 1:]))
             precision = min(max((len(mean) - 1) / max(size, 1e-12), 1e-8), 1e8)
-        mean, spread, error, divergence, _ = _posterior(block, precision, noise)
+        before = bound
+        mean, spread, error, divergence, bound = _posterior(block, precision, noise)
+        if bound - before <= enough:
+            break
     return mean, spread, noise, precision, divergence

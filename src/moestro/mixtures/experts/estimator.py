@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from scipy.special import ndtr
+from sklearn import config_context
 from sklearn.base import clone
 from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LogisticRegression, Ridge
@@ -14,16 +17,30 @@ from sklearn.utils.validation import has_fit_parameter
 
 from moestro.mixtures.answers import class_probabilities, num_numbers
 from moestro.mixtures.experts.base import Expert, keep_empty
+from moestro.mixtures.experts.memory import Answers, Learned
 from moestro.mixtures.gates.base import Effort, Params
 from moestro.mixtures.numerics import Array, draw_labels, is_empty
 from moestro.mixtures.rows import Rows, Scaling
 
 _NOTHING = 1e-8  # shares below this part of an expert's largest are not worth a row
 _EDGE = 1e-6  # a class that an estimator excludes keeps this probability
+_MOVED = 0.01  # part of an expert's mass that moves before its estimator is trained anew
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """A trained estimator, what it predicts for rows, and the mass for which training was last tried."""
+
+    estimator: Any
+    answers: Answers
+    learned: Learned
 
 
 class _Wrapped(Expert):
-    """Refits copies of an estimator to weighted rows and keeps a copy only where the likelihood does not fall."""
+    """Refits copies of an estimator to weighted rows and keeps a copy only where the likelihood does not fall.
+
+    A copy is trained when a hundredth of its rows has moved since training was last tried.
+    """
 
     parametric = False
 
@@ -38,48 +55,63 @@ class _Wrapped(Expert):
     def _plain(self, y: Array) -> Array:
         """Targets as the estimator wants them."""
 
+    @staticmethod
     @abstractmethod
-    def _judge(self, fitted: Any, rows: Rows, mass: Array) -> tuple[float, dict[str, float]]:
+    def _ask(fitted: Any, num_classes: int, z: Array) -> Array:
+        """What an estimator predicts: targets `[rows]`, or probabilities `[rows, classes]`."""
+
+    @abstractmethod
+    def _judge(self, fitted: _Copy, rows: Rows, mass: Array) -> tuple[float, dict[str, float]]:
         """Mass-weighted log-likelihood of one expert at its best other numbers, and those numbers."""
 
     def _fresh(self, number: int) -> Any:
         copy = self._default() if self.estimator is None else clone(self.estimator)
+        if copy.get_params(deep=False).get("random_state", number) is None:
+            copy.set_params(random_state=number)  # experts differ, and every refit of one is the same
+        return copy
+
+    def _check_weights(self) -> None:
+        copy = self._fresh(0)
         if not has_fit_parameter(copy, "sample_weight"):
             raise ValueError(
                 f"{copy!r} takes no sample_weight in fit, so it cannot be an expert; pass one that does, "
                 "or use GatedEnsembleRegressor and GatedEnsembleClassifier"
             )
-        options = copy.get_params()
-        if "random_state" in options and options["random_state"] is None:
-            copy.set_params(random_state=number)  # experts differ, and every refit of one is the same
-        return copy
 
-    def _train(self, number: int, rows: Rows, mass: Array) -> Any:
+    def _train(self, number: int, rows: Rows, mass: Array) -> _Copy:
         copy = self._fresh(number)
         used = mass > _NOTHING * mass.max() if mass.max() > 0 else np.ones(len(mass), dtype=bool)
         y, weight = self._plain(rows.y[used]), mass[used] if mass.max() > 0 else rows.weight[used]
         if self.target == "class" and len(np.unique(y)) < 2:
             copy = DummyClassifier()
-        return copy.fit(rows.z[used, 1:], y, sample_weight=weight)
+        with config_context(assume_finite=True):
+            copy.fit(rows.z[used, 1:], y, sample_weight=weight)
+        return _Copy(copy, Answers(partial(self._ask, copy, rows.y.shape[1])), Learned(rows.z, mass))
+
+    def _refit(self, number: int, old: _Copy | None, rows: Rows, mass: Array) -> tuple[_Copy, dict[str, float]]:
+        if old is None:
+            self._check_weights()
+            first = self._train(number, rows, mass)
+            return first, self._judge(first, rows, mass)[1]
+        before, numbers = self._judge(old, rows, mass)
+        if not old.learned.moved(rows.z, mass, _MOVED):
+            return old, numbers
+        tried = self._train(number, rows, mass)
+        value, better = self._judge(tried, rows, mass)
+        return (tried, better) if value >= before else (replace(old, learned=tried.learned), numbers)
 
     def m_step(self, rows: Rows, mass: Array, params: Params | None, effort: Effort) -> Params:
         num = mass.shape[1]
+        old = [None] * num if params is None else params["estimator"]
+        both = [self._refit(i, old[i], rows, mass[:, i]) for i in range(num)]
         found = np.empty(num, dtype=object)
-        own: list[dict[str, float]] = []
-        for i in range(num):
-            found[i] = self._train(i, rows, mass[:, i])
-            value, numbers = self._judge(found[i], rows, mass[:, i])
-            if params is not None:
-                before, old = self._judge(params["estimator"][i], rows, mass[:, i])
-                if not value >= before:
-                    found[i], numbers = params["estimator"][i], old
-            own.append(numbers)
-        stacked = {name: np.array([each[name] for each in own]) for name in own[0]}
+        found[:] = [copy for copy, _ in both]
+        stacked = {name: np.array([numbers[name] for _, numbers in both]) for name in both[0][1]}
         return keep_empty({"estimator": found, **stacked}, params, is_empty(mass.sum(0), rows.total))
 
     def count(self, params: Params) -> int | None:
         """Numbers in the estimators' coefficients, and one variance each; None for trees and other shapes."""
-        sizes = [num_numbers(each) for each in params["estimator"]]
+        sizes = [num_numbers(each.estimator) for each in params["estimator"]]
         known = [size for size in sizes if size is not None]
         return sum(known) + (len(known) if self.target == "real" else 0) if len(known) == len(sizes) else None
 
@@ -104,11 +136,12 @@ class EstimatorExpert(_Wrapped):
         return y[:, 0]
 
     @staticmethod
-    def _answer(fitted: Any, z: Array) -> Array:
-        return np.asarray(fitted.predict(z[:, 1:]), dtype=np.float64).reshape(len(z))
+    def _ask(fitted: Any, num_classes: int, z: Array) -> Array:
+        with config_context(assume_finite=True):
+            return np.asarray(fitted.predict(z[:, 1:]), dtype=np.float64).reshape(len(z))
 
-    def _judge(self, fitted: Any, rows: Rows, mass: Array) -> tuple[float, dict[str, float]]:
-        error = mass @ (rows.y[:, 0] - self._answer(fitted, rows.z)) ** 2
+    def _judge(self, fitted: _Copy, rows: Rows, mass: Array) -> tuple[float, dict[str, float]]:
+        error = mass @ (rows.y[:, 0] - fitted.answers(rows.z)) ** 2
         total = max(float(mass.sum()), 1e-300)
         variance = max(float(error) / total, rows.floor)
         return -0.5 * (total * float(np.log(2 * np.pi * variance)) + float(error) / variance), {
@@ -116,7 +149,7 @@ class EstimatorExpert(_Wrapped):
         }
 
     def mean(self, params: Params, z: Array) -> Array:
-        return np.stack([self._answer(each, z) for each in params["estimator"]], axis=1)[:, :, None]
+        return np.stack([each.answers(z) for each in params["estimator"]], axis=1)[:, :, None]
 
     def log_prob(self, params: Params, z: Array, y: Array) -> Array:
         variance = params["variance"]
@@ -134,7 +167,10 @@ class EstimatorExpert(_Wrapped):
 
     def attributes(self, params: Params, scaling: Scaling) -> dict[str, Any]:
         variance = params["variance"][:, None] * scaling.y_scale**2
-        return {"expert_estimators_": list(params["estimator"]), "expert_variance_": variance}
+        return {
+            "expert_estimators_": [each.estimator for each in params["estimator"]],
+            "expert_variance_": variance,
+        }
 
 
 class EstimatorClassExpert(_Wrapped):
@@ -146,7 +182,7 @@ class EstimatorClassExpert(_Wrapped):
     Args:
         estimator: the classifier; None takes `LogisticRegression()`. Without a random_state, expert i gets seed i.
 
-    Parameters: `estimator` `[experts]`, `classes` `[experts]` (how many there are).
+    Parameters: `estimator` `[experts]`.
     """
 
     target = "class"
@@ -158,18 +194,16 @@ class EstimatorClassExpert(_Wrapped):
         return y.argmax(1)
 
     @staticmethod
-    def _answer(fitted: Any, z: Array, num_classes: int) -> Array:
-        proba = class_probabilities(fitted, z[:, 1:], num_classes)
+    def _ask(fitted: Any, num_classes: int, z: Array) -> Array:
+        with config_context(assume_finite=True):
+            proba = class_probabilities(fitted, z[:, 1:], num_classes)
         return (1 - _EDGE) * proba + _EDGE / num_classes
 
-    def _judge(self, fitted: Any, rows: Rows, mass: Array) -> tuple[float, dict[str, float]]:
-        num_classes = rows.y.shape[1]
-        share = self._answer(fitted, rows.z, num_classes)
-        return float(mass @ np.log((rows.y * share).sum(1))), {"classes": num_classes}
+    def _judge(self, fitted: _Copy, rows: Rows, mass: Array) -> tuple[float, dict[str, float]]:
+        return float(mass @ np.log((rows.y * fitted.answers(rows.z)).sum(1))), {}
 
     def mean(self, params: Params, z: Array) -> Array:
-        pairs = zip(params["estimator"], params["classes"], strict=True)
-        return np.stack([self._answer(each, z, int(number)) for each, number in pairs], axis=1)
+        return np.stack([each.answers(z) for each in params["estimator"]], axis=1)
 
     def log_prob(self, params: Params, z: Array, y: Array) -> Array:
         return np.log((self.mean(params, z) * y[:, None]).sum(2))
@@ -186,4 +220,4 @@ class EstimatorClassExpert(_Wrapped):
         return np.eye(share.shape[1])[draw_labels(share, rng)]
 
     def attributes(self, params: Params, scaling: Scaling) -> dict[str, Any]:
-        return {"expert_estimators_": list(params["estimator"])}
+        return {"expert_estimators_": [each.estimator for each in params["estimator"]]}

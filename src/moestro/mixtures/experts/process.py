@@ -13,6 +13,7 @@ from sklearn.base import clone
 from sklearn.gaussian_process.kernels import RBF, ConstantKernel
 
 from moestro.mixtures.experts.base import Expert, keep_empty
+from moestro.mixtures.experts.memory import Learned
 from moestro.mixtures.gates.base import Effort, Params
 from moestro.mixtures.numerics import Array, is_empty
 from moestro.mixtures.rows import Rows, Scaling
@@ -36,7 +37,7 @@ class _Posterior:
     pull: Array
     divergence: float
     freedom: float
-    learned: Array  # mass of all rows when kernel and noise were last learned together
+    learned: Learned | None  # from what kernel and noise were last learned together
 
     def predict(self, x: Array) -> tuple[Array, Array]:
         """Mean and variance of the function, `[rows]` each."""
@@ -86,13 +87,13 @@ class GaussianProcessExpert(Expert):
         block = rows.z[used, 1:], rows.y[used, 0], mass[used]
         if old is None:
             kernel = ConstantKernel(1.0) * RBF(1.0) + ConstantKernel(1.0) if self.kernel is None else self.kernel
-            old = _posterior(clone(kernel), max(self.noise, floor), block, np.full(len(mass), np.inf))
-        moved = bool(np.abs(mass - old.learned).sum() > _MOVED * mass.sum())
+            old = _posterior(clone(kernel), max(self.noise, floor), block, None)
         if not (self.optimize and used.any()):
-            return _posterior(old.kernel, old.noise, block, mass)
-        if moved:
-            steps = _FIRST_STEPS if np.isinf(old.learned).any() else _LATER_STEPS
-            return _posterior(*_learn(old.kernel, old.noise, block, floor, steps), block, mass)
+            return _posterior(old.kernel, old.noise, block, None)
+        if old.learned is None or old.learned.moved(rows.z, mass, _MOVED):
+            steps = _FIRST_STEPS if old.learned is None else _LATER_STEPS
+            learned = Learned(rows.z, mass)
+            return _posterior(*_learn(old.kernel, old.noise, block, floor, steps), block, learned)
         now = _posterior(old.kernel, old.noise, block, old.learned)
         mean, spread = now.predict(block[0])
         noise = float(block[2] @ ((block[1] - mean) ** 2 + spread) / block[2].sum())
@@ -160,7 +161,7 @@ class GaussianProcessExpert(Expert):
 Block = tuple[Array, Array, Array]  # inputs, targets, mass of the rows
 
 
-def _posterior(kernel: Any, noise: float, block: Block, learned: Array) -> _Posterior:
+def _posterior(kernel: Any, noise: float, block: Block, learned: Learned | None) -> _Posterior:
     x, y, mass = block
     root = np.sqrt(mass / noise)
     covariance = kernel(x) if len(x) else np.zeros((0, 0))
@@ -174,10 +175,14 @@ def _posterior(kernel: Any, noise: float, block: Block, learned: Array) -> _Post
 
 
 def _evidence(theta: Array, kernel: Any, block: Block) -> tuple[float, Array]:
-    """`-log ∫ prod_t N(y_t; f(x_t), σ²)^mass_t dGP(f)` and its gradient in (kernel's theta, log σ²)."""
+    """`-log ∫ prod_t N(y_t; f(x_t), σ²)^mass_t dGP(f)` and its gradient in (kernel's theta, log σ²).
+
+    Leaves the kernel at theta.
+    """
     x, y, mass = block
     noise = float(np.exp(theta[-1]))
-    covariance, slopes = kernel.clone_with_theta(theta[:-1])(x, eval_gradient=True)
+    kernel.theta = theta[:-1]
+    covariance, slopes = kernel(x, eval_gradient=True)
     root = np.sqrt(mass / noise)
     try:
         lower = np.linalg.cholesky(np.eye(len(x)) + root[:, None] * covariance * root)
@@ -196,14 +201,14 @@ def _evidence(theta: Array, kernel: Any, block: Block) -> tuple[float, Array]:
 def _learn(kernel: Any, noise: float, block: Block, floor: float, steps: int) -> tuple[Any, float]:
     start = np.append(kernel.theta, np.log(max(noise, floor)))
     bounds = np.vstack([kernel.bounds, [[np.log(floor), np.log(1e3)]]])
-    found = minimize(
-        _evidence,
-        start,
-        args=(kernel, block),
-        jac=True,
-        method="L-BFGS-B",
-        bounds=bounds,
-        options={"maxiter": steps, "maxls": 10},
-    )
-    best = found.x if found.fun <= _evidence(start, kernel, block)[0] else start
+    moving, values = clone(kernel), []
+
+    def objective(theta: Array) -> tuple[float, Array]:
+        value, slope = _evidence(theta, moving, block)
+        values.append(value)
+        return value, slope
+
+    options = {"maxiter": steps, "maxls": 10}
+    found = minimize(objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
+    best = found.x if found.fun <= values[0] else start
     return kernel.clone_with_theta(best[:-1]), float(np.exp(best[-1]))

@@ -157,17 +157,25 @@ class SkewExpert(Expert):
 
 
 def _solve_delta(spread: Array, cross: Array, square: Array) -> Array:
-    """Root in (-1, 1) of `-spread δ³ + cross δ² + (spread - square) δ + cross`: bisection, then Newton."""
-    low, high = np.full(len(spread), -_MOST_SKEW), np.full(len(spread), _MOST_SKEW)
+    """Root in (-1, 1) of `-spread δ³ + cross δ² + (spread - square) δ + cross`, one per expert."""
+    each = zip(spread.tolist(), cross.tolist(), square.tolist(), strict=True)
+    return np.array([_root_of_cubic(*numbers) for numbers in each])
+
+
+def _root_of_cubic(spread: float, cross: float, square: float) -> float:
+    """Bisection, then two Newton steps; plain numbers are ten times faster than arrays of a few experts."""
+    low, high, linear = -_MOST_SKEW, _MOST_SKEW, spread - square
     for _ in range(24):
         middle = 0.5 * (low + high)
-        rising = ((-spread * middle + cross) * middle + (spread - square)) * middle + cross > 0
-        low, high = np.where(rising, middle, low), np.where(rising, high, middle)
+        if ((-spread * middle + cross) * middle + linear) * middle + cross > 0:
+            low = middle
+        else:
+            high = middle
     root = 0.5 * (low + high)
     for _ in range(2):
-        value = ((-spread * root + cross) * root + (spread - square)) * root + cross
-        slope = (-3 * spread * root + 2 * cross) * root + (spread - square)
-        root = np.clip(root - value / np.where(slope < 0, slope, -np.inf), low, high)
+        value = ((-spread * root + cross) * root + linear) * root + cross
+        slope = (-3 * spread * root + 2 * cross) * root + linear
+        root = min(max(root - value / slope, low), high) if slope < 0 else root
     return root
 
 

@@ -141,7 +141,7 @@ def _solve_dof(gap: Array, old: Array, q: int) -> Array:
     """Bisects the decreasing stationarity equation of ν on a log scale, for all experts at once."""
     known = 1.0 + gap + digamma((old + q) / 2) - np.log((old + q) / 2)
     low, high = np.full(len(old), np.log(_FEWEST)), np.full(len(old), np.log(_MOST))
-    for _ in range(50):
+    for _ in range(32):
         middle = 0.5 * (low + high)
         half = 0.5 * np.exp(middle)
         rising = np.log(half) - digamma(half) + known > 0
