@@ -169,14 +169,14 @@ def rebalance(rank: int) -> list[Any]:
         optimiser.zero_grad()
         with log.recording():
             loss = loss_of(moe, step, rank)
-        rebalancer.observe(log)
         loss.backward()
         gradients.reduce()
         optimiser.step()
+        log.update_controllers()
         before = moe(fixed)
         answer.append({name: cost.moved for name, cost in rebalancer.step(optimiser).items()})
         assert torch.equal(moe(fixed), before)
-    seen = rebalancer._loads[""][1]
+    seen = rebalancer.state()[".loads"][1].tolist()
     return [
         answer,
         first.balancedness(seen),

@@ -67,15 +67,24 @@ def migrate(
     return Migration(far, len(moves) - far, _sent(network) - sent_before)
 
 
+def check_movable(bank: Experts) -> None:
+    """Raise ValueError for experts that cannot change places, because they are of several kinds or sizes."""
+    kinds = set()
+    for expert in range(bank.num_experts):
+        pieces = bank.parameters_of(expert).items()
+        kinds.add(tuple((name, p.shape if row is None else p.shape[1:]) for name, (p, row) in pieces))
+    if len(kinds) != 1:
+        raise ValueError(f"{type(bank).__name__} holds experts of several kinds, which cannot change places")
+
+
 def _sent(network: Network) -> int:
     return network.traffic.bytes("migration") - network.traffic.bytes("migration", link="self")
 
 
 def _columns(local: Experts, optimiser: torch.optim.Optimizer | None) -> Iterator[tuple[str, Column]]:
     """All that an expert consists of, by name."""
+    check_movable(local)
     pieces = [local.parameters_of(slot) for slot in range(local.num_experts)]
-    if any(each.keys() != pieces[0].keys() for each in pieces):
-        raise ValueError(f"{type(local).__name__} holds experts of several kinds, which cannot change places")
     for name in pieces[0]:
         parameters, rows = zip(*(each[name] for each in pieces), strict=True)
         yield name, [_row(parameter, row) for parameter, row in zip(parameters, rows, strict=True)]

@@ -103,13 +103,19 @@ class ParallelExperts(Experts):
         """Experts of other ranks are not here: always ValueError."""
         raise ValueError("these experts are spread over ranks already; share out the bank they came from")
 
-    def squared_gradient(self) -> Tensor:
-        """The sum of squares of the gradients here, to which each replica of an expert adds its part; float64."""
-        total = torch.zeros((), dtype=torch.float64)
-        for place, expert in enumerate(self.placement.experts_of(self.network.expert.rank)):
-            share = 1 / len(self.placement.slots_of(expert))
-            for grad in gradients_of(self.local, place):
-                total = total.to(grad.device) + grad.double().square().sum() * share
+    def squared_gradients(self) -> Tensor:
+        """The sum of squares of each expert's gradient, `[experts]` float64; 0 where another rank speaks for it.
+
+        The rank of an expert's first slot speaks for it. Sums over experts, taken from this, do not depend on where
+        experts are.
+        """
+        device = next((parameter.device for parameter in self.local.parameters()), None)
+        total = torch.zeros(self.num_experts, dtype=torch.float64, device=device)
+        rank, placement = self.network.expert.rank, self.placement
+        for place, expert in enumerate(placement.experts_of(rank)):
+            if placement.slots_of(expert)[0] == rank * placement.slots_per_rank + place:
+                for grad in gradients_of(self.local, place):
+                    total[expert] += grad.double().square().sum()
         return total
 
     def parameters_per_expert(self) -> int:

@@ -24,6 +24,7 @@ def spread(
     *,
     transport: str | Transport = "linear",
     placement: Placement | None = None,
+    slots: int | None = None,
     wire_dtype: torch.dtype | None = None,
 ) -> Network:
     """Spread the experts of every MoE layer of a model over the ranks of a mesh, in place.
@@ -36,6 +37,8 @@ def spread(
         mesh: ranks.
         transport: what carries rows; one instance serves all layers.
         placement: of every layer; None = in order.
+        slots: physical experts of a layer on all ranks, the first replicated where there are more than experts;
+            None = as the placement has it, or one for each expert.
         wire_dtype: of rows and gradients on the wire, e.g. `torch.bfloat16`; None = as they are.
 
     Returns: the wires, whose `traffic` counts what this rank sends.
@@ -44,6 +47,8 @@ def spread(
         ValueError: experts that the ranks cannot share evenly without replicas, a bank that cannot be shared out,
             or a model without an MoE layer or with one spread already.
     """
+    if placement is not None and slots is not None:
+        raise ValueError("pass a placement or a number of slots, not both")
     layers = [module for module in model.modules() if isinstance(module, MoE)]
     if not layers:
         raise ValueError("this model has no MoE layer to spread; build one with moestro.build(...)")
@@ -52,7 +57,7 @@ def spread(
     network, rank = Network(mesh, wire_dtype), mesh.experts.get_local_rank("expert")
 
     def make(bank: Experts) -> Experts:
-        table = placement or Placement.contiguous(bank.num_experts, mesh.shape.expert)
+        table = placement or Placement.in_turn(bank.num_experts, mesh.shape.expert, slots)
         local = bank.share(table.experts_of(rank))
         if mesh.shape.tensor > 1:
             local = local.slice(mesh.experts.get_local_rank("tensor"), mesh.shape.tensor)
@@ -110,17 +115,15 @@ class Gradients:
     @torch.no_grad()
     def norm(self) -> Tensor:
         """The norm of the gradient of the whole model: everything once, wherever it is. After `reduce`."""
-        experts = torch.zeros((), dtype=torch.float64)
-        for bank in self._banks:
-            experts = experts + bank.squared_gradient().to(experts.device)
         dense, sharded = squared_norm(self._dense), squared_norm(self._sharded)
         if self._sharded:
             dist.all_reduce(sharded, group=self.mesh.dense)
         dense = dense.to(sharded.device) + sharded
-        experts = experts.to(dense.device)
+        of_experts = [bank.squared_gradients().to(dense.device) for bank in self._banks]
+        experts = torch.cat([dense.new_zeros(1), *of_experts])
         for group in (self.mesh.expert, self.mesh.tensor):
             dist.all_reduce(experts, group=group)
-        return (dense + experts).sqrt()
+        return (dense + experts.sum()).sqrt()
 
     @torch.no_grad()
     def clip(self, most: float) -> Tensor:

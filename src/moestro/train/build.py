@@ -55,7 +55,8 @@ def build_mesh(recipe: Recipe, team: Team, machine: Machine) -> Mesh | None:
     if team.size == 1:
         mesh_shape(recipe.parallel.mesh, 1, section.num_experts if section.method else None)
         return None
-    shape = mesh_shape(recipe.parallel.mesh, team.size, section.num_experts if section.method else None)
+    slots = recipe.parallel.placement.slots
+    shape = mesh_shape(recipe.parallel.mesh, team.size, section.num_experts if section.method else None, slots)
     parts = shape.dense * settings.accumulate
     if settings.batch_size % parts:
         micro = f" of {settings.accumulate} micro-batches" if settings.accumulate > 1 else ""
@@ -66,7 +67,7 @@ def build_mesh(recipe: Recipe, team: Team, machine: Machine) -> Mesh | None:
     return Mesh(shape, machine.device.type)
 
 
-def mesh_shape(words: str, processes: int, num_experts: int | None) -> MeshShape:
+def mesh_shape(words: str, processes: int, num_experts: int | None, slots: int | None = None) -> MeshShape:
     """The mesh that a recipe's words mean for so many processes.
 
     `auto` spreads the experts over as many processes as divide both numbers. An axis that is not named is 1, but
@@ -76,12 +77,13 @@ def mesh_shape(words: str, processes: int, num_experts: int | None) -> MeshShape
         words: as `mesh_words` spells them.
         processes: in the run.
         num_experts: of an MoE layer; None = a dense model, whose processes are all alike.
+        slots: of its experts and their replicas; None = one for each.
 
     Raises:
         ValueError: a mesh that needs another number of processes, or one that the experts do not divide over.
     """
     if words == "auto":
-        return MeshShape.fitting(processes, expert=math.gcd(processes, num_experts or 1))
+        return MeshShape.fitting(processes, expert=math.gcd(processes, slots or num_experts or 1))
     sizes = {axis: int(size) for axis, size in (part.split("=") for part in words.split(","))}
     expert, tensor = sizes.get("expert", 1), sizes.get("tensor", 1)
     needed = sizes["data"] * expert * tensor if "data" in sizes else None
@@ -92,7 +94,7 @@ def mesh_shape(words: str, processes: int, num_experts: int | None) -> MeshShape
         )
     shape = MeshShape.fitting(processes, expert=expert, tensor=tensor)
     if num_experts is not None:
-        Placement.contiguous(num_experts, expert)
+        Placement.in_turn(num_experts, expert, slots)
     return shape
 
 

@@ -36,6 +36,7 @@ from moestro.train.team import ALONE, Team
 FORMAT = 3  # 2 had no pieces of tensors
 MANIFEST, STATE = "manifest.json", "state.json"
 _GROUPS = ("model", "optimiser", "random")
+_OPTIONAL = ("placement",)
 _ROOM = 1 << 20  # for JSON, headers and names
 _CHUNK = 1 << 23  # bytes read at once
 
@@ -76,9 +77,9 @@ def _as_text(arriving: AbstractContextManager[Path]) -> Iterator[str]:
 def _write_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], team: Team) -> dict[str, Any]:
     """The files of one process, and what the manifest says of them."""
     files: dict[str, Any] = {}
-    for group in _GROUPS:
+    for group in (*_GROUPS, *_OPTIONAL):
         own = {name: tensor for name, tensor in tensors.items() if name.startswith(f"{group}.")}
-        if not (own or team.first):
+        if not own and (group in _OPTIONAL or not team.first):
             continue
         data = save(own)
         name = f"{group}.safetensors" if team.first else f"{group}-rank-{team.rank}.safetensors"

@@ -12,6 +12,7 @@ from moestro.train.checkpoints import Checkpoints
 from moestro.train.goodput import Goodput
 from moestro.train.optimiser import build_optimiser
 from moestro.train.part import take_part
+from moestro.train.placing import found, kept, rebalancer_of
 from moestro.train.recipe import TrainSection
 from moestro.train.state import Checkpoint, capture, restore
 from moestro.train.surroundings import Surroundings
@@ -29,6 +30,7 @@ class Learner:
     Attributes:
         part: what this process holds of the model, and does.
         log: of its MoE layers; None for a dense model.
+        rebalancer: what moves experts between processes; None = they stay.
         counts: parameters of the whole model.
         step: optimiser steps done.
         saved_step: those in the newest checkpoint.
@@ -50,6 +52,7 @@ class Learner:
             betas=(settings.beta1, settings.beta2),
             kept=self.part.keeps,
         )
+        self.rebalancer = rebalancer_of(model, around.mesh, around.recipe.parallel.placement)
         self.checkpoints = checkpoints_of(folder, settings)
         self.step = self.saved_step = 0
         self.goodput = Goodput()
@@ -79,6 +82,8 @@ class Learner:
 
     def take(self, checkpoint: Checkpoint) -> None:
         """Be as this checkpoint was; the time that was spent since is not given back."""
+        if self.rebalancer is not None:  # first, because it says which experts this process holds
+            self.rebalancer.take(found(checkpoint.tensors))
         restore(checkpoint, self.model, self.optimiser, self.part)
         self.step = self.saved_step = checkpoint.step
 
@@ -93,6 +98,7 @@ class Learner:
             spent=self.goodput.seconds,
             bits_per_byte=bits_per_byte,
             part=self.part,
+            more=kept(self.rebalancer),
         )
 
     def save(self, bits_per_byte: float | None) -> None:

@@ -11,6 +11,7 @@ from moestro.models import DecoderLM, save_model
 from moestro.train.files import write_json
 from moestro.train.learner import Learner
 from moestro.train.machine import versions
+from moestro.train.placing import summary_of
 from moestro.train.records import Records
 from moestro.train.witness import Witness
 
@@ -66,5 +67,6 @@ def _facts(learner: Learner, records: Records, evaluation: Evaluation) -> dict[s
         "mesh": around.mesh_words,
         "corpus": around.corpus.fingerprint,
         "versions": versions(),
+        **({} if learner.rebalancer is None else {"placement": summary_of(records.events.records)}),
         "goodput": learner.goodput.summary(seconds + learner.goodput.seconds["lost"]),
     }

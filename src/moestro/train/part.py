@@ -114,7 +114,7 @@ def take_part(
         return Part(team, None, shapes, {}, NoExchange(), {})
     origins = origins_of(model)
     if any(isinstance(module, MoE) for module in model.modules()):
-        spread(model, mesh, transport=settings.transport)
+        spread(model, mesh, transport=settings.transport, slots=settings.placement.slots)
     keeper = _keepers(model, mesh) if settings.shard_optimiser else {}
     return Part(team, mesh, shapes, origins, Exchanging(team, mesh, model, keeper), keeper)
 

@@ -11,10 +11,19 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from moestro.train.mesh_words import mesh_words
+from moestro.train.placement_words import NO_POLICY, check_placement, without_idle_placement
 from moestro.train.recipe_errors import did_you_mean, first_error, sentence
 from moestro.train.yaml_source import RecipeError, YamlSource, read_yaml
 
-__all__ = ["DataSection", "ModelSection", "ParallelSection", "Recipe", "RecipeError", "TrainSection"]
+__all__ = [
+    "DataSection",
+    "ModelSection",
+    "ParallelSection",
+    "PlacementSection",
+    "Recipe",
+    "RecipeError",
+    "TrainSection",
+]
 __all__ += ["dump_recipe", "load_recipe", "shipped_recipes"]
 
 
@@ -129,6 +138,32 @@ class TrainSection(Section):
         return self
 
 
+class PlacementSection(Section):
+    """Which process holds which expert, decided anew as a run goes on; of an expert mesh of several processes."""
+
+    policy: str | None = Field(None, description="placement policy, see docs/parallel.md; null = experts stay")
+    every: int = Field(100, ge=1, description="steps between decisions")
+    slots: int | None = Field(None, ge=1, description="experts that all processes hold, with replicas")
+    predictor: str = Field("sliding-average", description="of the loads of the next steps")
+    gain: float = Field(
+        1.1, ge=1, description="experts move if the busiest process had so many times as much to do"
+    )
+    history: int = Field(1000, ge=1, description="steps whose loads are remembered")
+
+    @field_validator("policy", mode="before")
+    @classmethod
+    def _none_is_no_policy(cls, value: Any) -> Any:
+        return None if str(value).lower() in NO_POLICY else value
+
+    @model_validator(mode="after")
+    def _a_policy_makes_the_rest_matter(self) -> PlacementSection:
+        if self.policy is None:
+            for name, field in type(self).model_fields.items():
+                if getattr(self, name) != field.default:
+                    raise ValueError(f"{name} has no effect without a policy; name one, for example refined")
+        return self
+
+
 class ParallelSection(Section):
     """How several processes share a run; without effect in one. A run may go on with another section."""
 
@@ -136,6 +171,7 @@ class ParallelSection(Section):
     transport: str = Field("linear", description="how tokens travel to their experts and back")
     shard_optimiser: bool = Field(False, description="every process keeps a share of the optimiser's state only")
     timeout: float = Field(300.0, gt=0, description="seconds to wait for the other processes before giving up")
+    placement: PlacementSection = Field(default_factory=lambda: PlacementSection.model_validate({}))
 
     @field_validator("mesh", mode="before")
     @classmethod
@@ -169,10 +205,13 @@ def load_recipe(path: str | Path | None = None, overrides: Mapping[str, Any] | N
     if "methods" in source.values:
         raise RecipeError(f"{source.place(('methods',))}: this is the recipe of a study; use `moestro study`")
     given = _nested(overrides or {})
-    below = _without_foreign_options(source.values, given)
+    below = without_idle_placement(_without_foreign_options(source.values, given), given)
     recipe = _validated(_merged(below, given), _Places(source, given))
     _check_method(recipe.model, _Places(source, given))
     _check_transport(recipe.parallel, _Places(source, given))
+    check_placement(
+        recipe.parallel.placement, lambda key: _Places(source, given).of(("parallel", "placement", key))
+    )
     return recipe
 
 

@@ -24,6 +24,7 @@ from moestro.train.interrupt import Interrupt
 from moestro.train.learner import checkpoints_of
 from moestro.train.lock import writing
 from moestro.train.machine import Machine, choose_machine, repeatable
+from moestro.train.placing import check_placing
 from moestro.train.progress import Progress, default_progress
 from moestro.train.recipe import Recipe, load_recipe
 from moestro.train.surroundings import Surroundings
@@ -92,6 +93,7 @@ def train_models(
         mesh = team.together(lambda: build_mesh(recipe, team, machine))
         around = Surroundings(recipe, machine, corpus, progress, interrupt, team, mesh)
         model = team.together(lambda: _model(around))
+        team.together(lambda: check_placing(recipe, model, None if mesh is None else mesh.shape))
         introduce(around, model)
         with ExitStack() as held:
             held.enter_context(team.held_by_first(lambda: _folder(out)))

@@ -22,7 +22,7 @@ class Checkpoint:
     Attributes:
         step: optimiser steps done; also the data cursor, because batches are a pure function of the step.
         seconds: training time so far.
-        tensors: `model.*`, `optimiser.<parameter>.*` and `random.*`, whole or in pieces, see
+        tensors: `model.*`, `optimiser.<parameter>.*`, `random.*` and `placement.*`, whole or in pieces, see
             `moestro.train.fragments`.
         numbers: states of the random generators that are no tensors.
         fingerprint: what must not differ for the resumed run to repeat the uninterrupted one, by name.
@@ -51,11 +51,13 @@ def capture(
     spent: Mapping[str, float] | None = None,
     bits_per_byte: float | None = None,
     part: Part | None = None,
+    more: Mapping[str, Tensor] | None = None,
 ) -> Checkpoint:
     """The state of a run between two steps, as far as this process has to write it; see `Checkpoint`.
 
     Args:
         part: what this process holds of the model; None = all of it.
+        more: tensors that all processes have alike, `placement.*`.
     """
     part = part or take_part(model)
     fragments = part.fragments(model)
@@ -64,7 +66,7 @@ def capture(
     numbers: dict[str, Any] = {}
     if part.team.first:
         random_tensors, numbers = _random_states()
-        tensors |= random_tensors
+        tensors |= random_tensors | dict(more or {})
     return Checkpoint(
         step,
         seconds,
@@ -124,7 +126,7 @@ _MEND = "start again with overwrite, or give another output folder"
 def _strange(name: str, saved: Pieces, shapes: Mapping[str, torch.Size]) -> str | None:
     """What of a saved tensor a model with tensors of these shapes has no place for."""
     kind, _, parameter = name.partition(".")
-    if kind == "random":
+    if kind in ("random", "placement"):
         return None
     shape = shapes.get(parameter.rpartition(".")[0] if kind == "optimiser" else parameter)
     if shape is None:

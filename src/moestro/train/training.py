@@ -22,6 +22,7 @@ from moestro.train.interrupt import StopRequested
 from moestro.train.learner import Learner
 from moestro.train.optimiser import set_learning_rate
 from moestro.train.outcome import write_outcome
+from moestro.train.placing import events_of, in_words
 from moestro.train.records import Records, metrics_of, seconds_of
 from moestro.train.schedule import schedule
 from moestro.train.seeds import seed_everything, stream
@@ -139,8 +140,18 @@ class Training:
             self.bad_numbers.met(error, learning_rate, stepper.random_state)
             return
         learner.step += 1
+        self._move_experts()
         speed = self.around.tokens_per_step / (time.perf_counter() - started)
         self.records.step(result, learning_rate, speed)
+
+    def _move_experts(self) -> None:
+        """Let experts change their process, if this step decides so, and say what moved."""
+        learner = self.learner
+        moved = {} if learner.rebalancer is None else learner.rebalancer.step(learner.optimiser)
+        for event in events_of(moved):
+            self.records.event(learner.step, "placement", **event)
+        if moved:
+            self.around.progress.say(f"{learner.name} step {learner.step}: {in_words(moved)}")
 
     def _evaluation_due(self) -> bool:
         step, done = self.learner.step, [record["step"] for record in self.records.evaluations.records]
