@@ -71,11 +71,12 @@ def test_two_ranks_give_what_one_process_gives() -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", [*TRANSPORTS, "drop-copies linear"])
 def test_every_method_in_every_circumstance(transport: str) -> None:
     methods = [m.name for m in moestro.all_methods().values() if m.family != "merging"]
     methods = [name for name in methods if transport != "data-centric" or stacked(name)]
-    grid = product(methods, ("expert=4", "data=2 expert=2"), CIRCUMSTANCES)
+    copies = " copies=2" if transport.startswith("drop-copies") else ""
+    grid = product(methods, (f"expert=4{copies}", f"data=2 expert=2{copies}"), CIRCUMSTANCES)
     scenes = [Scene(method, transport, mesh, **circumstance) for method, mesh, circumstance in grid]
     assert not differences(scenes, ranks=4, seconds=1800)
 
