@@ -86,7 +86,8 @@ class Form:
     def __init__(self, case: dict[str, Any]) -> None:
         self.case, self.ranks, self.per_node = case, case["ranks"], case["per_node"]
         self.nodes, self.slots = self.ranks // self.per_node, case["experts"] // case["ranks"]
-        self.row = WIDTH * case["bytes"]
+        self.width = case.get("width", WIDTH)
+        self.row = self.width * case["bytes"]
         self.choices = choices(case)
         self.rows = [[0] * self.ranks for _ in range(self.ranks)]
         for source, tokens in enumerate(self.choices):
@@ -234,7 +235,7 @@ class Form:
 
     def data_centric(self, i: int) -> Bytes:
         node, place = i // self.per_node, i % self.per_node
-        expert = 2 * WIDTH * self.case.get("hidden", HIDDEN) * 4  # at its own precision
+        expert = 2 * self.width * self.case.get("hidden", HIDDEN) * 4  # at its own precision
         total: Bytes = Counter()
         for phase in ("forward", "backward"):
             for n in range(self.nodes):
