@@ -27,6 +27,21 @@ MODELS = {
     "qwen2_moe": {"norm_topk_prob": False},
     "qwen3_moe with yarn": {"rope_parameters": YARN},
     "deepseek_v3": {"n_group": 1, "topk_group": 1},
+    "deepseek_v2": {"topk_method": "greedy", "n_group": 1, "topk_group": 1, "routed_scaling_factor": 4.0},
+    "deepseek_v2 with yarn": {
+        "topk_method": "greedy",
+        "n_group": 1,
+        "topk_group": 1,
+        "rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+    },
+    "deepseek_v3 with yarn": {
+        "n_group": 1,
+        "topk_group": 1,
+        "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
+    },
+    "dots1": {"routed_scaling_factor": 2.5},
+    "glm4_moe": {"n_group": 1, "topk_group": 1, "use_qk_norm": True, "attention_bias": True},
+    "minimax_m2": {"rotary_dim": 4},
     "deepseek_v3 in groups": {"n_group": 4, "topk_group": 2, "n_shared_experts": 2},
 }
 
@@ -256,7 +271,10 @@ def test_pieces_that_llama_cpp_would_cut_otherwise_are_refused(change, message, 
     ("settings", "message"),
     [
         ({"rope_parameters": YARN | {"beta_fast": 16}}, "yarn has beta_fast=32, but config.json says 16"),
-        ({"family": "deepseek_v3", "rope_parameters": YARN}, "no YaRN of DeepSeek"),
+        (
+            {"family": "deepseek_v3", "rope_parameters": YARN},
+            "mscale equal to mscale_all_dim, but",
+        ),
         ({"family": "granitemoe"}, "no granitemoe as GGUF; it knows mixtral"),
         ({"norm_topk_prob": False}, "norm_topk_prob=True, but config.json says False"),
         (

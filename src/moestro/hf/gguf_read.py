@@ -46,7 +46,7 @@ class GGUFSource:
 
     def __init__(self, path: Path):
         self.header: GGUFHeader = read_gguf_header(path)
-        self.config = to_config(self.header.settings, str(path))
+        self.config = to_config(self.header.settings, self.header.tensors, str(path))
         self.architecture = find_architecture(self.config["model_type"])
         self.dtype = self._dtype()
         self.banks = self._banks()

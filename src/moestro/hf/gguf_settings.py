@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,14 @@ KINDS = {"normal": 1, "unknown": 2, "control": 3, "user": 4, "unused": 5, "byte"
 YARN = {"beta_fast": 32, "beta_slow": 1, "attention_factor": None, "mscale": None, "truncate": True}
 #: llama.cpp wants merges and GGUF has no empty lists: this one joins two zero bytes to no token, so they stay two
 NO_MERGES = ["\u0100 \u0100"]
+LOG_MULTIPLIER = "rope.scaling.yarn_log_multiplier"
+GATES = {"softmax": 1, "sigmoid": 2}  # llama.cpp's numbers
+#: what some configurations call the number of experts and their hidden size
+NAMES = {
+    "mixtral": ("num_local_experts", "intermediate_size"),
+    "olmoe": ("num_experts", "intermediate_size"),
+    "minimax_m2": ("num_local_experts", "intermediate_size"),
+}
 NEXT_IDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 
 
@@ -32,6 +40,9 @@ def check_config(config: Mapping[str, Any], architecture: Architecture) -> None:
             raise ValueError(
                 f"llama.cpp computes {model_type} with {key}={expected!r}, but config.json says {actual!r}"
             )
+    kinds = set(config.get("layer_types") or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise ValueError(f"llama.cpp computes {model_type} in full attention, but config.json has {sorted(kinds)}")
     check_rope(rope_of(config), architecture)
     if architecture.latent and config["q_lora_rank"] is None and config["num_hidden_layers"] not in (26, 27):
         raise ValueError(
@@ -46,7 +57,8 @@ def check_rope(rope: Mapping[str, Any], architecture: Architecture) -> None:
     """Refuse rotary positions that llama.cpp turns otherwise; of scaled ones it shares YaRN, outside DeepSeek."""
     kind = rope.get("rope_type", "default")
     if kind == "yarn" and architecture.latent:
-        raise ValueError("moestro writes no YaRN of DeepSeek into GGUF: it also scales attention, and differently")
+        _check_latent_yarn(rope)
+        rope = {**rope, "mscale": None}
     if kind not in ("default", "yarn"):
         raise ValueError(f"moestro writes no {kind} rotary scaling into GGUF, only the default one and yarn")
     if kind == "yarn" and "original_max_position_embeddings" not in rope:
@@ -55,6 +67,16 @@ def check_rope(rope: Mapping[str, Any], architecture: Architecture) -> None:
         actual = rope.get(key)
         if kind == "yarn" and actual is not None and actual != expected:
             raise ValueError(f"llama.cpp's yarn has {key}={expected!r}, but config.json says {actual!r}")
+
+
+def _check_latent_yarn(rope: Mapping[str, Any]) -> None:
+    """DeepSeek's scales the scores by `mscale_all_dim`; llama.cpp has no second constant for the turns."""
+    own, everywhere = rope.get("mscale"), rope.get("mscale_all_dim")
+    if not own or own != everywhere:
+        raise ValueError(
+            f"llama.cpp's yarn of DeepSeek has mscale equal to mscale_all_dim, but config.json says {own} and "
+            f"{everywhere}"
+        )
 
 
 def rope_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -80,7 +102,10 @@ def to_settings(config: Mapping[str, Any], architecture: Architecture) -> dict[s
         **_expert_settings(config),
         **_rope_settings(rope_of(config)),
     }
-    settings |= _latent_settings(config) if architecture.latent else _head_settings(config)
+    settings |= _latent_settings(config) if architecture.latent else _head_settings(config, architecture)
+    settings |= _dense_first_settings(config) if architecture.dense_first else {}
+    if architecture.dense_first or architecture.sigmoid:
+        settings["expert_gating_func"] = GATES["sigmoid" if architecture.sigmoid else "softmax"]
     return {f"{architecture.name}.{key}": value for key, value in settings.items()}
 
 
@@ -92,6 +117,7 @@ def _rope_settings(rope: Mapping[str, Any]) -> dict[str, Any]:
         "rope.scaling.type": "yarn",
         "rope.scaling.factor": float(rope["factor"]),
         "rope.scaling.original_context_length": int(rope["original_max_position_embeddings"]),
+        **({LOG_MULTIPLIER: 0.1 * rope["mscale_all_dim"]} if rope.get("mscale_all_dim") else {}),
     }
 
 
@@ -107,9 +133,27 @@ def _expert_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _head_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+def _head_settings(config: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
     size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    return {"attention.key_length": size, "attention.value_length": size, "rope.dimension_count": size}
+    share = rope_of(config).get("partial_rotary_factor", 1.0) if architecture.partial else 1.0
+    return {
+        "attention.key_length": size,
+        "attention.value_length": size,
+        "rope.dimension_count": int(size * share),
+    }
+
+
+def _dense_first_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What DeepSeek's routing and those after it have beside others."""
+    settings = {
+        "leading_dense_block_count": config["first_k_dense_replace"],
+        "expert_shared_count": config["n_shared_experts"],
+        "expert_weights_scale": float(config["routed_scaling_factor"]),
+        "expert_weights_norm": bool(config["norm_topk_prob"]),
+    }
+    if (config.get("n_group") or 1) > 1:
+        settings |= {"expert_group_count": config["n_group"], "expert_group_used_count": config["topk_group"]}
+    return settings
 
 
 def _latent_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,20 +167,13 @@ def _latent_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         "attention.key_length_mla": config["qk_nope_head_dim"] + rotated,
         "attention.value_length_mla": config["v_head_dim"],
         "rope.dimension_count": rotated,
-        "leading_dense_block_count": config["first_k_dense_replace"],
-        "expert_shared_count": config["n_shared_experts"],
-        "expert_weights_scale": float(config["routed_scaling_factor"]),
-        "expert_weights_norm": bool(config["norm_topk_prob"]),
-        "expert_gating_func": 2,
     }
     if config["q_lora_rank"] is not None:
         settings["attention.q_lora_rank"] = config["q_lora_rank"]
-    if config.get("n_group", 1) > 1:
-        settings |= {"expert_group_count": config["n_group"], "expert_group_used_count": config["topk_group"]}
     return settings
 
 
-def to_config(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+def to_config(settings: Mapping[str, Any], tensors: Container[str], where: str) -> dict[str, Any]:
     """config.json from a GGUF file: the one that moestro wrote into it, or one put together from its settings.
 
     Raises:
@@ -144,6 +181,9 @@ def to_config(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
     """
     name = settings.get("general.architecture")
     kinds = [kind for kind, row in ARCHITECTURES.items() if row.name == name]
+    if len(kinds) > 1:  # as DeepSeek's two do, by their router
+        sigmoid = settings.get(f"{name}.expert_gating_func") == GATES["sigmoid"]
+        kinds = [kind for kind in kinds if ARCHITECTURES[kind].sigmoid == sigmoid]
     if not kinds or (name == "llama" and not settings.get("llama.expert_count")):
         known = ", ".join(row.name for row in ARCHITECTURES.values())
         raise ValueError(f"{where} holds a {name!r} model; moestro reads mixtures of experts of {known}")
@@ -153,7 +193,9 @@ def to_config(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
             return config
         raise ValueError(f"{where}: its {CONFIG} is not that of a {kinds[0]}")
     try:
-        return _put_together({key.removeprefix(f"{name}."): v for key, v in settings.items()}, kinds[0], settings)
+        of = {key.removeprefix(f"{name}."): value for key, value in settings.items()}
+        told = ARCHITECTURES[kinds[0]].told_by
+        return _put_together(of, kinds[0], settings) | {key: f"blk.0.{tensor}" in tensors for key, tensor in told}
     except KeyError as error:
         raise ValueError(f"{where} lacks the setting {name}.{error.args[0]}") from None
 
@@ -175,15 +217,19 @@ def _put_together(of: Mapping[str, Any], model_type: str, settings: Mapping[str,
         **{key: settings.get(f"tokenizer.ggml.{name}_token_id") for key, name in NEXT_IDS.items()},
     }
     hidden = of.get("expert_feed_forward_length", of["feed_forward_length"])
-    if model_type == "deepseek_v3":
-        return config | _deepseek_config(of, hidden)
+    architecture = ARCHITECTURES[model_type]
+    if architecture.dense_first:
+        config |= {**architecture.requires, **_dense_first_config(of, hidden)}
+    if architecture.latent:
+        return config | _latent_config(of)
     head_dim = of.get("attention.key_length", of["embedding_length"] // of["attention.head_count"])
-    required = dict(ARCHITECTURES[model_type].requires)
-    names = {"mixtral": ("num_local_experts", "intermediate_size"), "olmoe": ("num_experts", "intermediate_size")}
-    experts, size = names.get(model_type, ("num_experts", "moe_intermediate_size"))
-    config |= required | {experts: of["expert_count"], size: hidden}
-    if model_type in ("mixtral", "qwen3_moe"):
+    if not architecture.dense_first:
+        experts, size = NAMES.get(model_type, ("num_experts", "moe_intermediate_size"))
+        config |= {**architecture.requires, experts: of["expert_count"], size: hidden}
+    if model_type in ("mixtral", "qwen3_moe", "dots1", "glm4_moe", "minimax_m2"):
         config["head_dim"] = head_dim
+    if architecture.partial:
+        config["rope_parameters"]["partial_rotary_factor"] = of["rope.dimension_count"] / head_dim
     if model_type == "qwen2_moe":
         config["shared_expert_intermediate_size"] = of["expert_shared_feed_forward_length"]
     return config
@@ -194,18 +240,34 @@ def _rope_parameters(of: Mapping[str, Any], model_type: str) -> dict[str, Any]:
     theta = {"rope_theta": of.get("rope.freq_base", 10000.0)}
     if kind == "none":
         return {"rope_type": "default", **theta}
-    if kind != "yarn" or ARCHITECTURES[model_type].latent:
+    latent = ARCHITECTURES[model_type].latent
+    if kind != "yarn" or (latent and LOG_MULTIPLIER not in of):
         raise ValueError(f"moestro reads no {kind} rotary positions of {model_type} from GGUF, only default ones")
     original = of["rope.scaling.original_context_length"]
+    everywhere = round(of[LOG_MULTIPLIER] * 10, 6) if latent else None
     return {
         "rope_type": "yarn",
         **theta,
+        **({"mscale": everywhere, "mscale_all_dim": everywhere} if latent else {}),
         "factor": of["rope.scaling.factor"],
         "original_max_position_embeddings": original,
     }
 
 
-def _deepseek_config(of: Mapping[str, Any], hidden: int) -> dict[str, Any]:
+def _dense_first_config(of: Mapping[str, Any], hidden: int) -> dict[str, Any]:
+    return {
+        "moe_intermediate_size": hidden,
+        "n_routed_experts": of["expert_count"],
+        "n_shared_experts": of["expert_shared_count"],
+        "n_group": of.get("expert_group_count", 1),
+        "topk_group": of.get("expert_group_used_count", 1),
+        "routed_scaling_factor": of.get("expert_weights_scale", 1.0),
+        "norm_topk_prob": of.get("expert_weights_norm", False),
+        "first_k_dense_replace": of.get("leading_dense_block_count", 0),
+    }
+
+
+def _latent_config(of: Mapping[str, Any]) -> dict[str, Any]:
     if "attention.key_length_mla" not in of:
         raise ValueError("moestro reads no DeepSeek GGUF of 2024, whose latents are not split; convert it anew")
     rotated = of["rope.dimension_count"]
@@ -216,15 +278,6 @@ def _deepseek_config(of: Mapping[str, Any], hidden: int) -> dict[str, Any]:
         "qk_nope_head_dim": of["attention.key_length_mla"] - rotated,
         "qk_rope_head_dim": rotated,
         "v_head_dim": of["attention.value_length_mla"],
-        "moe_intermediate_size": hidden,
-        "n_routed_experts": of["expert_count"],
-        "n_shared_experts": of["expert_shared_count"],
-        "n_group": of.get("expert_group_count", 1),
-        "topk_group": of.get("expert_group_used_count", 1),
-        "routed_scaling_factor": of.get("expert_weights_scale", 1.0),
-        "norm_topk_prob": of.get("expert_weights_norm", False),
-        "first_k_dense_replace": of.get("leading_dense_block_count", 0),
-        "rope_interleave": True,
     }
 
 

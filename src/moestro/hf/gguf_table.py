@@ -30,6 +30,7 @@ _LATENT = {
 }
 _DENSE = {f"ffn_{name}.weight": f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
 _ROUTER = {"ffn_gate_inp.weight": "mlp.gate.weight"}
+_SELECTION_BIAS = {"exp_probs_b.bias": "mlp.gate.e_score_correction_bias"}
 
 
 def _shared(module: str) -> dict[str, str]:
@@ -48,6 +49,9 @@ class Architecture:
         latent: attention through latents, whose up-projection is stored in two parts.
         sigmoid: the router's scores are sigmoids, else a softmax.
         needs_head: the file must hold the output matrix even when it is the embedding's.
+        dense_first: dense layers come first, experts are shared and weights scaled, as in DeepSeek.
+        partial: a part of each head is rotated.
+        told_by: settings of config.json that only a tensor's being there tells, by its name in the first layer.
     """
 
     name: str
@@ -57,6 +61,9 @@ class Architecture:
     latent: bool = False
     sigmoid: bool = False
     needs_head: bool = False
+    dense_first: bool = False
+    partial: bool = False
+    told_by: tuple[tuple[str, str], ...] = ()
 
 
 EXPERTS = {"gate": "ffn_gate_exps.weight", "up": "ffn_up_exps.weight", "down": "ffn_down_exps.weight"}
@@ -81,6 +88,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             },
             {"norm_topk_prob": False, "use_sliding_window": False, "mlp_only_layers": [], "decoder_sparse_step": 1},
             needs_head=True,
+            told_by=(("qkv_bias", "attn_q.bias"),),
         ),
         "qwen3_moe": Architecture(
             "qwen3moe",
@@ -95,18 +103,70 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         ),
         "deepseek_v3": Architecture(
             "deepseek2",
-            {
-                **_NORMS,
-                **_LATENT,
-                **_DENSE,
-                **_ROUTER,
-                "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
-                **_shared("shared_experts"),
-            },
+            {**_NORMS, **_LATENT, **_DENSE, **_ROUTER, **_SELECTION_BIAS, **_shared("shared_experts")},
             {"rope_interleave": True, "attention_bias": False},
             latent=True,
             sigmoid=True,
             needs_head=True,
+            dense_first=True,
+        ),
+        "deepseek_v2": Architecture(
+            "deepseek2",
+            {**_NORMS, **_LATENT, **_DENSE, **_ROUTER, **_shared("shared_experts")},
+            {"attention_bias": False, "norm_topk_prob": False, "topk_method": "greedy"},
+            latent=True,
+            needs_head=True,
+            dense_first=True,
+        ),
+        "dots1": Architecture(
+            "dots1",
+            {
+                **_NORMS,
+                **_GROUPED,
+                **_QK_NORMS,
+                **_DENSE,
+                **_ROUTER,
+                **_SELECTION_BIAS,
+                **_shared("shared_experts"),
+            },
+            {"attention_bias": False, "n_group": 1, "topk_group": 1},
+            sigmoid=True,
+            needs_head=True,
+            dense_first=True,
+        ),
+        "glm4_moe": Architecture(
+            "glm4moe",
+            {
+                "attn_norm.weight": "input_layernorm.weight",
+                "post_attention_norm.weight": "post_attention_layernorm.weight",
+                **_GROUPED,
+                **_QKV_BIASES,
+                **_QK_NORMS,
+                **_DENSE,
+                **_ROUTER,
+                **_SELECTION_BIAS,
+                **_shared("shared_experts"),
+            },
+            {"n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 0},
+            sigmoid=True,
+            needs_head=True,
+            dense_first=True,
+            partial=True,
+            told_by=(("attention_bias", "attn_q.bias"), ("use_qk_norm", "attn_q_norm.weight")),
+        ),
+        "minimax_m2": Architecture(
+            "minimax-m2",
+            {
+                **_NORMS,
+                **_GROUPED,
+                **_QK_NORMS,
+                "ffn_gate_inp.weight": "block_sparse_moe.gate.weight",
+                "exp_probs_b.bias": "block_sparse_moe.e_score_correction_bias",
+            },
+            {},
+            sigmoid=True,
+            needs_head=True,
+            partial=True,
         ),
     }
 )
