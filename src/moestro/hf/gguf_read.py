@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from moestro.hf.gguf_config import to_config
 from moestro.hf.gguf_header import GGUFHeader, Stored, read_gguf_header
-from moestro.hf.gguf_settings import TOKENIZER, to_config
+from moestro.hf.gguf_settings import TOKENIZER
 from moestro.hf.gguf_table import (
     EXPERTS,
     FRAME,

@@ -51,6 +51,7 @@ class Architecture:
         needs_head: the file must hold the output matrix even when it is the embedding's.
         dense_first: dense layers come first, experts are shared and weights scaled, as in DeepSeek.
         partial: a part of each head is rotated.
+        own_keys: every head has keys and values of its own.
         told_by: settings of config.json that only a tensor's being there tells, by its name in the first layer.
     """
 
@@ -63,6 +64,7 @@ class Architecture:
     needs_head: bool = False
     dense_first: bool = False
     partial: bool = False
+    own_keys: bool = False
     told_by: tuple[tuple[str, str], ...] = ()
 
 
@@ -99,6 +101,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             "olmoe",
             {**_NORMS, **_GROUPED, **_QK_NORMS, **_ROUTER},
             {"norm_topk_prob": False, "clip_qkv": None},
+            own_keys=True,
             needs_head=True,
         ),
         "deepseek_v3": Architecture(
@@ -130,6 +133,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
                 **_shared("shared_experts"),
             },
             {"attention_bias": False, "n_group": 1, "topk_group": 1},
+            own_keys=True,
             sigmoid=True,
             needs_head=True,
             dense_first=True,
