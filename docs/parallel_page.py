@@ -30,6 +30,7 @@ USES = {
     "gather": "few ranks, many experts per token",
     "chunked": "experts compute while others travel",
     "pairwise": "likewise, one distance between ranks after another",
+    "adaptive": "rows or slices travel, whichever are less, call by call",
     "data-centric": "experts travel: small ones, many tokens",
 }
 COLUMNS = [(phase, link) for phase in ("forward", "backward") for link in ("intra", "inter")]

@@ -18,7 +18,7 @@ from moestro.balance import Loss, RoutingLog
 from moestro.experts.parallel import parallel_banks
 from moestro.layers import Gradients, spread
 from moestro.parallel import Mesh, MeshShape, Placement, Transport
-from moestro.parallel.transports import DropCopies, Pairwise
+from moestro.parallel.transports import Adaptive, DropCopies, Pairwise
 from moestro.routing import Context
 
 VOCAB, WIDTH, HIDDEN, EXPERTS, CLIP = 31, 8, 4, 8, 0.25
@@ -30,6 +30,7 @@ MESHES: dict[str, tuple[dict[str, int], int]] = {
     "expert=4": ({"expert": 4}, 2),
     "data=2 expert=2": ({"data": 2, "expert": 2}, 1),
     "expert=2 tensor=2": ({"expert": 2, "tensor": 2}, 2),
+    "tensor=4": ({"tensor": 4}, 2),
     "expert=2 tensor=2 copies=2": ({"expert": 2, "tensor": 2, "copies": 2}, 2),
     "expert=4 copies=2": ({"expert": 4, "copies": 2}, 2),
     "data=2 expert=2 copies=2": ({"data": 2, "expert": 2, "copies": 2}, 2),
@@ -43,7 +44,7 @@ class Scene:
 
     Attributes:
         method: name of the layer.
-        transport: name, or "pairwise 2" for groups of two, or "drop-copies TRANSPORT".
+        transport: name, or "pairwise 2" for groups of two, "drop-copies TRANSPORT", "adaptive DEGREE TRANSPORT".
         mesh: a key of MESHES.
         parts: micro-batches of each rank.
         again: whether the layer is activation-checkpointed.
@@ -72,6 +73,8 @@ class Scene:
         name, *rest = self.transport.split()
         if name == "pairwise" and rest:
             return Pairwise(int(rest[0]))
+        if name == "adaptive" and rest:
+            return Adaptive(*rest[1:], degree=int(rest[0]))
         return DropCopies(rest[0]) if rest else name
 
 

@@ -14,7 +14,7 @@ from moestro.experts import GLU, MLP, ModuleExperts
 from moestro.experts.parallel import ParallelExperts, parallel_banks
 from moestro.layers import Gradients, spread
 from moestro.parallel import Mesh, MeshShape, Placement
-from moestro.parallel.transports import DropCopies, Pairwise, StaticCapacity
+from moestro.parallel.transports import Adaptive, DropCopies, Pairwise, StaticCapacity
 
 SIZES = {"width": 8, "hidden": 6}
 
@@ -37,6 +37,8 @@ def tell(rank: int, _: Any) -> dict[str, Any]:
             ModuleExperts([nn.Linear(8, 8)], 8), uneven, transport="data-centric"
         ),
         "groups": lambda: ParallelExperts(MLP(2, 8, 6), mesh, transport=Pairwise(3)),
+        "degree": lambda: ParallelExperts(MLP(2, 8, 6), sliced, transport=Adaptive(degree=3)),
+        "slices of tokens": lambda: Adaptive("gather"),
         "capacity": lambda: _overflow(mesh),
         "bias": lambda: GLU(2, 8, 6, bias=True).slice(0, 2),
         "hidden": lambda: MLP(2, 8, 5).slice(0, 2),

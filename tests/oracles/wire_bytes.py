@@ -244,6 +244,14 @@ class Form:
                 total["experts", phase, self.link(i, node * self.per_node + p)] += self.slots * self.nodes * expert
         return total
 
+    def adaptive(self, i: int) -> Bytes:
+        """Without slices: as `linear` or as `data-centric`, whichever is less where all have the mean of rows."""
+        mean = sum(map(sum, self.rows)) / self.ranks
+        expert = 2 * self.width * self.case.get("hidden", HIDDEN) * 4
+        rows, experts = 2 * mean * self.row / self.ranks, self.slots * expert  # to one other rank
+        form = self.linear(i) if rows < experts else self.data_centric(i)
+        return form + self.told(i, self.everyone, 1) + self.told(i, [i], 1)
+
     def drop_copies(self, i: int) -> Bytes:
         """Of an even load that the copies can share: the transport's rows divided, and the copies' own rows."""
         copies = self.case["copies"]

@@ -10,7 +10,7 @@ from oracles.wire_bytes import WIDTH, Form
 
 TRANSPORTS = [
     "linear", "capacity", "capacity 40", "two-level", "leader", "chunked", "pairwise", "pairwise 2", "deduplicated",
-    "gather", "data-centric",
+    "gather", "data-centric", "adaptive",
 ]  # fmt: skip
 
 

@@ -11,7 +11,9 @@ import moestro
 from moestro.parallel import all_transports
 
 ROWS = ["linear", "capacity", "two-level", "leader", "chunked", "pairwise"]
-TRANSPORTS = [*ROWS, "deduplicated", "gather", "data-centric"]
+TRANSPORTS = [*ROWS, "deduplicated", "gather", "data-centric", "adaptive"]
+TRAVEL = ("data-centric", "adaptive")  # of experts, that must lie in one bank
+DEGREES = [("expert=2 tensor=2", (0, 1, 2)), ("tensor=4", (0, 1, 2, 4)), ("expert=4", (0, 1))]
 # one or more of every router family, and every kind of routing and bank
 FAMILIES = [
     "qwen3", "switch", "deepseek-v3", "llama4", "moe-plus-plus", "hash-layers", "dense-softmax", "expert-choice",
@@ -44,7 +46,7 @@ def differences(scenes: list[Scene], ranks: int, seconds: int) -> dict[str, list
 
 def some_scenes() -> list[Scene]:
     """Every family with every transport, the circumstances taking turns; and every mesh."""
-    pairs = [p for p in product(FAMILIES, TRANSPORTS) if p[1] != "data-centric" or stacked(p[0])]
+    pairs = [p for p in product(FAMILIES, TRANSPORTS) if p[1] not in TRAVEL or stacked(p[0])]
     scenes = [
         Scene(method, transport, "expert=4" if number % 3 else "data=2 expert=2", **CIRCUMSTANCES[number % 4])
         for number, (method, transport) in enumerate(pairs)
@@ -54,7 +56,15 @@ def some_scenes() -> list[Scene]:
     copied = ["linear", "gather", *(f"drop-copies {name}" for name in (*ROWS, "data-centric"))]
     meshes = ["expert=2 tensor=2 copies=2", "expert=4 copies=2", "data=2 expert=2 copies=2"]
     scenes += [Scene("deepseek-v3", t, meshes[n % 3], again=n % 2 == 1) for n, t in enumerate(copied)]
-    return [*scenes, Scene("qwen3", "pairwise 2", "expert=4", parts=2), Scene("mixtral", "linear", "expert=4")]
+    degrees = [Scene("qwen3", f"adaptive {d}", mesh, again=bool(d % 2)) for mesh, all_of in DEGREES for d in all_of]
+    degrees += [Scene("switch", "adaptive", mesh, parts=2) for mesh, _ in DEGREES]
+    degrees += [Scene("deepseek-v3", f"adaptive 1 {name}", "expert=2 tensor=2") for name in ("chunked", "leader")]
+    return [
+        *scenes,
+        *degrees,
+        Scene("qwen3", "pairwise 2", "expert=4", parts=2),
+        Scene("mixtral", "linear", "expert=4"),
+    ]
 
 
 def test_four_ranks_give_what_one_process_gives() -> None:
@@ -74,7 +84,7 @@ def test_two_ranks_give_what_one_process_gives() -> None:
 @pytest.mark.parametrize("transport", [*TRANSPORTS, "drop-copies linear"])
 def test_every_method_in_every_circumstance(transport: str) -> None:
     methods = [m.name for m in moestro.all_methods().values() if m.family != "merging"]
-    methods = [name for name in methods if transport != "data-centric" or stacked(name)]
+    methods = [name for name in methods if transport not in TRAVEL or stacked(name)]
     copies = " copies=2" if transport.startswith("drop-copies") else ""
     grid = product(methods, (f"expert=4{copies}", f"data=2 expert=2{copies}"), CIRCUMSTANCES)
     scenes = [Scene(method, transport, mesh, **circumstance) for method, mesh, circumstance in grid]

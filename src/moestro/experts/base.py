@@ -97,6 +97,11 @@ class Experts(nn.Module, ABC):
         """
         raise ValueError(f"{type(self).__name__} cannot be sliced along a hidden size; use a mesh with tensor=1")
 
+    @property
+    def hidden_dims(self) -> dict[str, int]:
+        """The dimension along which `slice` cuts each parameter; empty where it cuts none."""
+        return {}
+
     def parameters_of(self, expert: int) -> dict[str, Piece]:
         """What one expert has of the bank's parameters, by names that are the same for every expert like it."""
         return {name: Piece(parameter, expert) for name, parameter in self.named_parameters()}

@@ -10,7 +10,7 @@ from moestro.experts.base import Experts
 from moestro.experts.few import run_few
 from moestro.experts.fused import check_kernel, operator_of, rows_fused, run_fused
 from moestro.experts.single import FeedForward
-from moestro.experts.stacked import StackedLinear, hidden_slice
+from moestro.experts.stacked import StackedLinear, hidden_dims, hidden_slice
 from moestro.routing import Routing, SparseRouting
 
 
@@ -80,6 +80,10 @@ class GLU(Experts):
         gate = apply(rows, self.gate, self.gate_bias)
         up = apply(rows, self.up, self.up_bias)
         return apply(UNITS[self.activation](gate, up), self.down, self.down_bias)
+
+    @property
+    def hidden_dims(self) -> dict[str, int]:
+        return hidden_dims(self)
 
     def slice(self, part: int, parts: int) -> GLU:
         cut = hidden_slice(self, part, parts)

@@ -42,6 +42,11 @@ class StackedLinear:
                     parameter.normal_(0.0, std or parameter.shape[1] ** -0.5)
 
 
+def hidden_dims(bank: nn.Module) -> dict[str, int]:
+    """The dimension of `gate`, `up` and `down` that is the hidden size."""
+    return {name: 1 if name == "down" else -1 for name, _ in bank.named_parameters()}
+
+
 def hidden_slice(bank: Any, part: int, parts: int) -> dict[str, Tensor]:
     """The columns of `gate` and `up` and the rows of `down` of one of several slices along the hidden size.
 

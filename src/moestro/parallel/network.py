@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moestro.parallel.blocks import block_order, offsets_of, permuted
+from moestro.parallel.borrowed import Borrowed
 from moestro.parallel.mesh import Mesh
 from moestro.parallel.traffic import Phase, Traffic, forward_phase
 from moestro.parallel.wire import Wire
@@ -80,25 +81,29 @@ class Trip:
         network: wires.
         experts: of this rank, `(rows, offsets) -> rows`.
         device: of the rows.
+        slices: ranks of the wire `tensor` whose slices together are whole experts; None = all of them.
     """
 
-    def __init__(self, network: Network, experts: Bank, device: torch.device) -> None:
+    def __init__(
+        self, network: Network, experts: Bank, device: torch.device, slices: Sequence[int] | None = None
+    ) -> None:
         self.network, self.experts, self.device = network, experts, device
+        self.slices = range(network.mesh.shape.tensor) if slices is None else slices
         self._link = torch.zeros((), device=device, requires_grad=torch.is_grad_enabled())
 
-    def with_experts(self, experts: Bank) -> Trip:
-        """The same call with other experts; go on with what it returns only."""
-        trip = Trip(self.network, experts, self.device)
+    def with_experts(self, experts: Bank, slices: Sequence[int] | None = None) -> Trip:
+        """The same call with other experts, and with these slices of them; go on with what it returns only."""
+        trip = Trip(self.network, experts, self.device, self.slices if slices is None else slices)
         trip._link = self._link
         return trip
 
     def fresh(self) -> Trip:
         """Another call, for what has a graph of its own."""
-        return Trip(self.network, self.experts, self.device)
+        return Trip(self.network, self.experts, self.device, self.slices)
 
     def parameters(self) -> list[Tensor]:
         """Of the experts of this rank."""
-        return list(self.experts.parameters()) if isinstance(self.experts, nn.Module) else []
+        return list(self.experts.parameters()) if isinstance(self.experts, nn.Module | Borrowed) else []
 
     def linked_by(self, function: Any, rows: Tensor, *rest: Any) -> Tensor:
         """Apply an autograd function `(rows, link, *rest) -> (out, link)` as the next of the chain."""
@@ -126,20 +131,30 @@ class Trip:
             lambda each, phase: wire.exchange(each, receive, send, name, phase, exact),
         )
 
-    def gather(self, wire: Wire, rows: Tensor, sizes: Sequence[int], name: str, exact: bool = False) -> Tensor:
+    def gather(
+        self,
+        wire: Wire,
+        rows: Tensor,
+        sizes: Sequence[int],
+        name: str,
+        exact: bool = False,
+        peers: Sequence[int] | None = None,
+    ) -> Tensor:
         """See `Wire.gather`, for rows that every rank then uses in its own way: the gradient is `scatter_sum`."""
         return self._linked(
             rows,
-            lambda each, phase: wire.gather(each, sizes, name, phase, exact),
-            lambda each, phase: wire.scatter_sum(each, sizes, name, phase, exact),
+            lambda each, phase: wire.gather(each, sizes, name, phase, exact, peers),
+            lambda each, phase: wire.scatter_sum(each, sizes, name, phase, exact, peers),
         )
 
-    def scatter_sum(self, wire: Wire, rows: Tensor, sizes: Sequence[int], name: str) -> Tensor:
+    def scatter_sum(
+        self, wire: Wire, rows: Tensor, sizes: Sequence[int], name: str, peers: Sequence[int] | None = None
+    ) -> Tensor:
         """See `Wire.scatter_sum`; the gradient is `gather`."""
         return self._linked(
             rows,
-            lambda each, phase: wire.scatter_sum(each, sizes, name, phase),
-            lambda each, phase: wire.gather(each, sizes, name, phase),
+            lambda each, phase: wire.scatter_sum(each, sizes, name, phase, peers=peers),
+            lambda each, phase: wire.gather(each, sizes, name, phase, peers=peers),
         )
 
     def take_share(self, wire: Wire, rows: Tensor, sizes: Sequence[int], name: str) -> Tensor:
@@ -168,7 +183,7 @@ class Trip:
 
         Shapes: rows `[rows, width]` grouped by source and slot, load `[sources, slots]` -> `[rows, out_width]`.
         """
-        if self.network.mesh.shape.tensor > 1:
+        if len(self.slices) > 1:
             return self._compute_sliced(rows, load)
         return self._compute_here(rows, load)
 
@@ -178,11 +193,13 @@ class Trip:
         return permuted(out, order, inverse=True)
 
     def _compute_sliced(self, rows: Tensor, load: Tensor) -> Tensor:
-        wire = self.network.tensor
-        loads = wire.gather(load, [len(load)] * wire.size, "counts", forward_phase())
-        sizes = loads.view(wire.size, -1).sum(1).tolist()
-        rows = self.gather(wire, rows, sizes, "slices in")
-        return self.scatter_sum(wire, self._compute_here(rows, loads), sizes, "slices out")
+        wire, slices = self.network.tensor, self.slices
+        loads = wire.gather(load, [len(load)] * wire.size, "counts", forward_phase(), peers=slices)
+        sizes = [0] * wire.size
+        for rank, rows_of_rank in zip(slices, loads.view(len(slices), -1).sum(1).tolist(), strict=True):
+            sizes[rank] = rows_of_rank
+        rows = self.gather(wire, rows, sizes, "slices in", peers=slices)
+        return self.scatter_sum(wire, self._compute_here(rows, loads), sizes, "slices out", peers=slices)
 
     def _linked(self, rows: Tensor, forward: Rows, backward: Rows) -> Tensor:
         return self.linked_by(_Linked, rows, forward, backward)

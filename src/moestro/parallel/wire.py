@@ -104,15 +104,34 @@ class Wire:
         works = [dist.irecv(here[r], group=self.group, group_src=r) for r in reversed(turns) if receive[r]]
         return works + [dist.isend(there[r], group=self.group, group_dst=r) for r in turns if send[r]]
 
-    def gather(self, rows: Tensor, sizes: Sequence[int], name: str, phase: Phase, exact: bool = False) -> Tensor:
-        """The rows of all ranks, rank r having `sizes[r]` of them."""
-        copies = rows.repeat(self.size, *[1] * (rows.dim() - 1))
-        return self.exchange(copies, [len(rows)] * self.size, sizes, name, phase, exact)
+    def gather(
+        self,
+        rows: Tensor,
+        sizes: Sequence[int],
+        name: str,
+        phase: Phase,
+        exact: bool = False,
+        peers: Sequence[int] | None = None,
+    ) -> Tensor:
+        """The rows of all ranks, rank r having `sizes[r]` of them; or of some ranks, to which this one belongs."""
+        peers = range(self.size) if peers is None else peers
+        copies = rows.repeat(len(peers), *[1] * (rows.dim() - 1))
+        send, receive = (
+            [n * (r in peers) for r, n in enumerate(each)] for each in ([len(rows)] * self.size, sizes)
+        )
+        return self.exchange(copies, send, receive, name, phase, exact)
 
     def scatter_sum(
-        self, rows: Tensor, sizes: Sequence[int], name: str, phase: Phase, exact: bool = False
+        self,
+        rows: Tensor,
+        sizes: Sequence[int],
+        name: str,
+        phase: Phase,
+        exact: bool = False,
+        peers: Sequence[int] | None = None,
     ) -> Tensor:
-        """The sum over ranks of this rank's `sizes[rank]` rows: the adjoint of `gather`."""
-        own = sizes[self.rank]
-        pieces = self.exchange(rows, sizes, [own] * self.size, name, phase, exact)
-        return pieces.view(self.size, own, *rows.shape[1:]).sum(0)
+        """The sum over ranks, or some of them, of this rank's `sizes[rank]` rows: the adjoint of `gather`."""
+        peers, own = range(self.size) if peers is None else peers, sizes[self.rank]
+        send, receive = ([n * (r in peers) for r, n in enumerate(each)] for each in (sizes, [own] * self.size))
+        pieces = self.exchange(rows, send, receive, name, phase, exact)
+        return pieces.view(len(peers), own, *rows.shape[1:]).sum(0)

@@ -1,5 +1,6 @@
 """Ways to bring rows to their experts and back; importing this registers all of them."""
 
+from moestro.parallel.transports.adaptive import Adaptive
 from moestro.parallel.transports.base import TokenTransport, Transport, all_transports, make_transport, transport
 from moestro.parallel.transports.capacity import StaticCapacity
 from moestro.parallel.transports.copies import DropCopies
@@ -10,6 +11,7 @@ from moestro.parallel.transports.tokens import Deduplicated, Gather
 from moestro.parallel.transports.two_level import Leader, TwoLevel
 
 __all__ = [
+    "Adaptive",
     "Chunked",
     "DataCentric",
     "Deduplicated",

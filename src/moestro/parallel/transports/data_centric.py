@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from moestro.parallel.borrowed import Borrowed
 from moestro.parallel.network import Network, Trip
 from moestro.parallel.transports.base import Transport, transport
 
@@ -27,25 +25,23 @@ class DataCentric(Transport):
     """
 
     def check(self, network: Network, experts: nn.Module) -> None:
+        self.check_stacked(experts)
+        _ = network.node
+
+    @staticmethod
+    def check_stacked(experts: nn.Module) -> None:
+        """Raise ValueError if experts cannot travel."""
         slots = getattr(experts, "num_experts", 0)
         if any(p.shape[:1] != (slots,) for p in experts.parameters()) or list(experts.buffers()):
             raise ValueError(
                 f"{type(experts).__name__} is not stacked in tensors [experts, ...]; use another transport"
             )
-        _ = network.node
 
     def carry(self, trip: Trip, rows: Tensor, load: Tensor) -> Tensor:
-        experts = trip.experts
-        named = dict(experts.named_parameters())  # type: ignore[attr-defined]
+        named = dict(trip.experts.named_parameters())  # type: ignore[attr-defined]
         every = {name: self._gathered(trip, p) for name, p in named.items()}
-        bank = copy.copy(experts)
-        bank.num_experts = load.numel()  # type: ignore[attr-defined]
-
-        def run(rows: Tensor, offsets: Tensor) -> Tensor:
-            out: Tensor = functional_call(bank, every, (rows, offsets))  # type: ignore[arg-type]
-            return out
-
-        return trip.with_experts(run).compute(rows, load.view(1, -1))
+        experts = Borrowed(trip.experts, every, num_experts=load.numel())
+        return trip.with_experts(experts).compute(rows, load.view(1, -1))
 
     def _gathered(self, trip: Trip, parameter: Tensor) -> Tensor:
         """A parameter of all slots of all ranks, `[all slots, ...]`."""
