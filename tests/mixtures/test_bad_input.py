@@ -37,7 +37,7 @@ def test_a_bad_option_is_refused(options, message):
 @pytest.mark.parametrize(
     ("expert", "y", "message"),
     [
-        ("poisson", np.append(Y[:-1] * 0, -1), "Poisson experts explain counts of 0 and more"),
+        ("poisson", np.append(Y[:-1] * 0, -1), "PoissonExpert explains counts of 0 and more"),
         ("gamma", np.abs(Y) * (np.arange(60) > 0), "gamma experts explain targets above 0"),
         ("linear", np.append(Y[:-1], np.nan), "NaN"),
         ("linear", np.append(Y[:-1], np.inf), "inf"),

@@ -31,8 +31,9 @@ class MixtureOfExpertsRegressor(RegressorMixin, MixtureOfExperts):
             with other options.
         expert: "linear", "ridge", "gaussian" (full covariance), "constant", "laplace", "student", "skew-normal",
             "skew-t", "poisson", "gamma", "bayesian" (a posterior over linear ones), "gp" (Gaussian processes),
-            "svm", "elm" (extreme learning machines), an expert object with other options, or any regressor of
-            scikit-learn that takes sample_weight (see `EstimatorExpert`).
+            "svm", "elm" (extreme learning machines), an expert object with other options
+            (`BinomialExpert(trials=0)`, `PoissonExpert(exposure=0)`), or any regressor of scikit-learn that takes
+            sample_weight (see `EstimatorExpert`).
         algorithm: "em"; "gem" (one Newton step of the gate); "ecm" (shares renewed between gate and experts);
             "mm" (bounds instead of Newton steps); "hard-em"; "stochastic-em"; "annealed-em";
             "gradient" (L-BFGS).
@@ -93,7 +94,9 @@ class MixtureOfExpertsRegressor(RegressorMixin, MixtureOfExperts):
 
     def _check_target(self, y: Array, expert: Expert) -> None:
         if expert.target == "count" and y.min() < 0:
-            raise ValueError(f"y has the value {y.min():g} but Poisson experts explain counts of 0 and more")
+            raise ValueError(
+                f"y has the value {y.min():g} but {type(expert).__name__} explains counts of 0 and more"
+            )
         if expert.target == "positive" and y.min() <= 0:
             raise ValueError(f"y has the value {y.min():g} but gamma experts explain targets above 0")
 

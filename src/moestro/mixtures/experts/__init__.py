@@ -8,6 +8,7 @@ from sklearn.svm import SVC, SVR
 from moestro.mixtures.elm import ELMClassifier, ELMRegressor
 from moestro.mixtures.experts.base import Expert
 from moestro.mixtures.experts.bayesian import BayesianExpert
+from moestro.mixtures.experts.binomial import BinomialExpert
 from moestro.mixtures.experts.classes import ConstantClassExpert, LogisticExpert, MultinomialExpert
 from moestro.mixtures.experts.estimator import EstimatorClassExpert, EstimatorExpert
 from moestro.mixtures.experts.gaussian import ConstantExpert, GaussianExpert
@@ -46,6 +47,7 @@ __all__ = [
     "CLASSIFICATION_EXPERTS",
     "REGRESSION_EXPERTS",
     "BayesianExpert",
+    "BinomialExpert",
     "ConstantClassExpert",
     "ConstantExpert",
     "EstimatorClassExpert",

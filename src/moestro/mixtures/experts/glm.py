@@ -1,4 +1,5 @@
-"""Log-linear experts for counts and for positive targets (the GLIM family of Jordan & Jacobs 1994)."""
+"""Generalised linear experts, and the log-linear ones for counts and for positive targets (the GLIM
+family of Jordan & Jacobs 1994)."""
 
 from __future__ import annotations
 
@@ -16,14 +17,18 @@ from moestro.mixtures.rows import Rows, Scaling
 _SAME = 1e-14  # relative change of the objective that is rounding
 
 
-class LogLinearExpert(Expert):
-    """Means `μ_i(x) = exp(β_iᵀ[1, x])` fitted by iteratively reweighted least squares with step halving.
+class LinkedExpert(Expert):
+    """Densities of a linear predictor `η_i(x) = β_iᵀ[1, x]` by iteratively reweighted least squares with halving.
 
     Parameters: `coef` `[experts, p, 1]`, and what a family adds.
     """
 
     alpha: float
-    reach = 30.0  # |log mean| beyond which the density is flat
+    reach = 30.0  # |η| beyond which the density is flat
+
+    @abstractmethod
+    def _link(self, average: Array) -> Array:
+        """The linear predictor of a mean that was drawn a little, by a tenth at most, upwards."""
 
     @abstractmethod
     def _kernel(self, eta: Array, y: Array) -> Array:
@@ -74,7 +79,7 @@ class LogLinearExpert(Expert):
         average = mass.T @ rows.y[:, 0] / np.maximum(mass.T @ exposure, 1e-300)
         overall = (rows.weight @ rows.y[:, 0]) / (rows.weight @ exposure)
         coef = np.zeros((mass.shape[1], regressors.shape[1], 1))
-        coef[:, 0, 0] = np.log(average + 0.1 * overall + 1e-8)
+        coef[:, 0, 0] = self._link(average + 0.1 * overall + 1e-8)
         return coef
 
     def _halve(
@@ -99,9 +104,6 @@ class LogLinearExpert(Expert):
 
     def _finish(self, rows: Rows, mass: Array, coef: Array, eta: Array, params: Params | None) -> Params:
         return {"coef": coef}
-
-    def mean(self, params: Params, z: Array) -> Array:
-        return np.exp(self._eta(params["coef"], z))[:, :, None]
 
     def penalty(self, params: Params, rows: Rows) -> float:
         return 0.5 * float((self._penalty(rows)[:, None] * params["coef"] ** 2).sum())
@@ -129,6 +131,35 @@ class LogLinearExpert(Expert):
         return self._coef_gradient(rows, mass, params, 1.0)
 
 
+class LogLinearExpert(LinkedExpert):
+    """Means `μ_i(x) = exp(η_i(x))`."""
+
+    def _link(self, average: Array) -> Array:
+        return np.log(average)
+
+    def mean(self, params: Params, z: Array) -> Array:
+        return np.exp(self._eta(params["coef"], z))[:, :, None]
+
+
+def without_column(x: Array, column: int, name: str) -> Array:
+    """The other columns of X, where one has a meaning of its own."""
+    if not 0 <= column < x.shape[1]:
+        raise ValueError(f"{name}={column} is no column of X; pass one of 0 to {x.shape[1] - 1}")
+    if x.shape[1] == 1:
+        raise ValueError(f"X has only the column of the {name}; add one with inputs, or a constant one")
+    return np.delete(x, column, axis=1)
+
+
+def fixed_column(x: Array, column: int, name: str) -> Array:
+    """That column `[rows, 1]`, above 0."""
+    values = x[:, [column]]
+    if values.min() <= 0:
+        raise ValueError(
+            f"column {column} of X is a {name} and has the value {values.min():g}; pass numbers above 0"
+        )
+    return values
+
+
 class PoissonExpert(LogLinearExpert):
     """Counts: `log f_i(y|x) = y η - exp(η) - log y!`, `η = β_iᵀ[1, x] + log exposure`.
 
@@ -151,24 +182,13 @@ class PoissonExpert(LogLinearExpert):
         self.exposure = exposure
 
     def covariates(self, x: Array) -> Array:
-        if self.exposure is None:
-            return x
-        if not 0 <= self.exposure < x.shape[1]:
-            raise ValueError(f"exposure={self.exposure} is no column of X; pass one of 0 to {x.shape[1] - 1}")
-        if x.shape[1] == 1:
-            raise ValueError("X has only the column of the exposure; add one with inputs, or a constant one")
-        return np.delete(x, self.exposure, axis=1)
+        return x if self.exposure is None else without_column(x, self.exposure, "exposure")
 
     def regressors(self, x: Array, scaling: Scaling) -> Array:
         z = super().regressors(x, scaling)
         if self.exposure is None:
             return z
-        span = x[:, [self.exposure]]
-        if span.min() <= 0:
-            raise ValueError(
-                f"column {self.exposure} of X is an exposure and has the value {span.min():g}; pass numbers above 0"
-            )
-        return np.hstack([z, np.log(span)])
+        return np.hstack([z, np.log(fixed_column(x, self.exposure, "measure of exposure"))])
 
     def _split(self, z: Array) -> tuple[Array, Array | float]:
         return (z, 0.0) if self.exposure is None else (z[:, :-1], z[:, -1:])
