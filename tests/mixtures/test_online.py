@@ -27,7 +27,7 @@ def test_hme_online_one_pass_comes_within_a_percent_of_em():
 
 def test_hme_online_one_expert_is_ridge_regression():
     x, y = crossing_lines(0, n=300)
-    model = OnlineMixtureOfExpertsRegressor(1, n_passes=1, forgetting=1.0, prior=4.0, random_state=0).fit(x, y)
+    model = OnlineMixtureOfExpertsRegressor(1, forgetting=1.0, prior=4.0, random_state=0).partial_fit(x, y)
     z = np.column_stack([np.ones(300), model.scaling_.x(x)])
     start = (
         0.5 * np.random.RandomState(0).standard_normal((1, 2, 1))[0, :, 0]
@@ -65,7 +65,7 @@ def test_a_bad_option_is_refused(options):
 
 def test_hme_online_one_logit_expert_takes_the_newton_steps_written_out():
     x, y = xor(0, n=40)
-    model = OnlineMixtureOfExpertsClassifier(1, n_passes=1, forgetting=0.9, prior=4.0, random_state=0).fit(x, y)
+    model = OnlineMixtureOfExpertsClassifier(1, forgetting=0.9, prior=4.0, random_state=0).partial_fit(x, y)
     beta = 0.5 * np.random.RandomState(0).standard_normal(3)
     inverse = np.eye(3) / 4.0  # of R
     for t, (row, label) in enumerate(zip(model.scaling_.x(x), y, strict=True)):
@@ -104,6 +104,49 @@ def test_hme_online_classes_may_come_late():
         model.partial_fit(x, names, classes=["a", "b"])
     with pytest.raises(ValueError, match="y has the class d"):
         model.partial_fit(x[:2], ["a", "d"])
+
+
+def test_hme_online_weights_of_one_linear_expert_are_repetitions():
+    x, y = crossing_lines(0, n=100)
+    weight = np.random.default_rng(0).integers(0, 4, 100)
+    options = {"n_experts": 1, "forgetting": 1.0, "random_state": 0}
+    first = OnlineMixtureOfExpertsRegressor(**options).partial_fit(x[:1], y[:1])  # the same units for both
+    second = OnlineMixtureOfExpertsRegressor(**options).partial_fit(x[:1], y[:1])
+    first.partial_fit(x, y, sample_weight=weight)
+    second.partial_fit(x.repeat(weight, 0), y.repeat(weight))
+    for model in (first, second):
+        assert model.mixture_.expert_params["coef"].shape == (1, 2, 1)
+    np.testing.assert_allclose(first.expert_coef_, second.expert_coef_, rtol=1e-6)
+    assert first.n_seen_ == 1 + (weight > 0).sum()
+
+
+@pytest.mark.parametrize("estimator", [OnlineMixtureOfExpertsRegressor, OnlineMixtureOfExpertsClassifier])
+def test_order_and_repetition_do_not_matter_to_a_fit(estimator):
+    x, y = xor(0, n=200)
+    rng = np.random.default_rng(0)
+    weight = rng.integers(0, 3, 200)
+    order = rng.permutation(weight.sum())
+    one = estimator(random_state=0).fit(x, y, sample_weight=weight)
+    two = estimator(random_state=0).fit(x.repeat(weight, 0)[order], y.repeat(weight)[order])
+    np.testing.assert_array_equal(one.gate_proba(x), two.gate_proba(x))
+
+
+def test_heavy_rows_pull_a_mixture_their_way():
+    x, y = crossing_lines(0, n=500)
+    line = np.random.default_rng(0).random(500) < 0.5
+    target = np.where(line, y, 3 * x[:, 0])
+    heavy = OnlineMixtureOfExpertsRegressor(1, random_state=0).fit(x, target, np.where(line, 0.01, 100))
+    np.testing.assert_allclose(heavy.predict(x), 3 * x[:, 0], atol=0.1)
+    alike = [OnlineMixtureOfExpertsRegressor(random_state=0).fit(x, y, np.full(500, w)) for w in (1.0, 1e4)]
+    np.testing.assert_array_equal(alike[0].predict(x), alike[1].predict(x))
+
+
+def test_rows_without_weight_are_refused():
+    x, y = xor(0, n=20)
+    with pytest.raises(ValueError, match="at least one non-zero"):
+        OnlineMixtureOfExpertsRegressor().fit(x, y, np.zeros(20))
+    with pytest.raises(ValueError, match="at least one non-zero"):
+        OnlineMixtureOfExpertsClassifier().partial_fit(x, y, sample_weight=np.zeros(20))
 
 
 @pytest.mark.parametrize("estimator", [OnlineMixtureOfExpertsRegressor, OnlineMixtureOfExpertsClassifier])

@@ -34,8 +34,8 @@ class Leaves(ABC):
         """`log f_i(target | row)` up to what all experts share, `[experts]`."""
 
     @abstractmethod
-    def learn(self, row: Array, target: Array, share: Array, seen: int) -> None:
-        """One row, held by the experts to the given shares `[experts]`."""
+    def learn(self, row: Array, target: Array, share: Array, weight: float, seen: int) -> None:
+        """One row of some weight, held by the experts to the given shares `[experts]`."""
 
     @abstractmethod
     def params(self) -> Params:
@@ -80,11 +80,12 @@ class LinearLeaves(Leaves):
         value: Array = -0.5 * (self._error(row, target) ** 2 / self.variance + np.log(self.variance)).sum(1)
         return value
 
-    def learn(self, row: Array, target: Array, share: Array, seen: int) -> None:
-        error = self._error(row, target)
-        gain = self._gain(row, share[:, None], seen)[:, 0]
-        self.coef += share[:, None, None] * gain[:, :, None] * error[:, None, :]
-        self.variance += 0.01 * share[:, None] * (error**2 - self.variance)
+    def learn(self, row: Array, target: Array, share: Array, weight: float, seen: int) -> None:
+        error, mass = self._error(row, target), weight * share
+        gain = self._gain(row, mass[:, None], seen)[:, 0]
+        self.coef += mass[:, None, None] * gain[:, :, None] * error[:, None, :]
+        pace = 1 - (1 - 0.01 * share) ** weight
+        self.variance += pace[:, None] * (error**2 - self.variance)
         np.maximum(self.variance, 1e-6, out=self.variance)
 
     def params(self) -> Params:
@@ -109,11 +110,11 @@ class LogitLeaves(Leaves):
     def log_prob(self, row: Array, target: Array) -> Array:
         return np.log(np.maximum(self._proba(row) @ target, 1e-300))
 
-    def learn(self, row: Array, target: Array, share: Array, seen: int) -> None:
-        proba = self._proba(row)[:, :-1]
-        curvature = share[:, None] * np.maximum(proba * (1 - proba), 1e-3)  # a sure expert still slows down
+    def learn(self, row: Array, target: Array, share: Array, weight: float, seen: int) -> None:
+        proba, mass = self._proba(row)[:, :-1], weight * share
+        curvature = mass[:, None] * np.maximum(proba * (1 - proba), 1e-3)  # a sure expert still slows down
         gain = self._gain(row, curvature, seen)  # [experts, classes - 1, p]
-        self.coef += (share[:, None, None] * gain * (target[:-1] - proba)[:, :, None]).swapaxes(1, 2)
+        self.coef += (mass[:, None, None] * gain * (target[:-1] - proba)[:, :, None]).swapaxes(1, 2)
 
     def params(self) -> Params:
         return {"coef": self.coef.swapaxes(1, 2).copy()}
