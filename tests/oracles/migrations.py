@@ -19,7 +19,7 @@ from moestro.layers import MoE
 from moestro.layers.spread import Gradients, spread
 from moestro.parallel import Mesh, MeshShape, Placement
 
-WIDTH, HIDDEN, EXPERTS, RANKS = 6, 5, 6, 2
+WIDTH, HIDDEN, EXPERTS, RANKS = 16, 32, 6, 2
 
 
 def run_all(rank: int, cases: list[dict[str, Any]]) -> list[Any]:
@@ -27,17 +27,19 @@ def run_all(rank: int, cases: list[dict[str, Any]]) -> list[Any]:
     return [globals()[case.pop("what")](rank, **case) for case in cases]
 
 
-def layer(dtype: torch.dtype = torch.float64, kernel: str = "tiled") -> MoE:
+def layer(
+    dtype: torch.dtype = torch.float64, kernel: str = "tiled", sizes: tuple[int, int] = (WIDTH, HIDDEN)
+) -> MoE:
     torch.manual_seed(0)
-    moe = moestro.build("mixtral", width=WIDTH, hidden=HIDDEN, num_experts=EXPERTS, kernel=kernel).to(dtype)
+    moe = moestro.build("mixtral", width=sizes[0], hidden=sizes[1], num_experts=EXPERTS, kernel=kernel).to(dtype)
     for parameter in moe.parameters():
         nn.init.normal_(parameter, std=0.5)
     return moe
 
 
-def tokens(step: int, rank: int, dtype: torch.dtype = torch.float64) -> Tensor:
+def tokens(step: int, rank: int, dtype: torch.dtype = torch.float64, width: int = WIDTH) -> Tensor:
     generator = torch.Generator().manual_seed(1000 * step + rank)
-    return torch.randn(17 + rank, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
+    return torch.randn(17 + rank, width, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def random_placement(chance: random.Random, slots: int) -> Placement:
@@ -52,7 +54,7 @@ def adam(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def loss_of(moe: MoE, step: int, rank: int) -> Tensor:
-    return moe(tokens(step, rank, next(moe.parameters()).dtype)).square().mean()
+    return moe(tokens(step, rank, next(moe.parameters()).dtype, moe.experts.width)).square().mean()
 
 
 def learn(moe: MoE, optimiser: torch.optim.Optimizer, gradients: Gradients, step: int, rank: int) -> None:
@@ -84,14 +86,16 @@ def check_slots(rank: int, moe: MoE, optimiser: Any, alone: MoE, its_optimiser: 
                 assert_close(ours[row], expected[its_row], rtol=1e-8, atol=1e-10)
 
 
-def keep_learning(rank: int, *, dtype: str, slots: int, kernel: str, times: int) -> list[int]:
+def keep_learning(
+    rank: int, *, dtype: str, slots: int, kernel: str, times: int, sizes: tuple[int, int] = (WIDTH, HIDDEN)
+) -> list[int]:
     """Learn a step, move everything, compare outputs; how many slots came from afar, and outputs that changed."""
     chance, kind = random.Random(0), getattr(torch, dtype)
-    moe, alone = layer(kind, kernel), layer(kind, kernel)
+    moe, alone = layer(kind, kernel, sizes), layer(kind, kernel, sizes)
     mesh = Mesh(MeshShape(expert=RANKS))
     spread(moe, mesh, placement=random_placement(chance, slots))
     gradients, optimiser, its_optimiser = Gradients(moe, mesh), adam(moe), adam(alone)
-    fixed, moved, differ = tokens(7, rank, kind), 0, 0
+    fixed, moved, differ = tokens(7, rank, kind, sizes[0]), 0, 0
     for step in range(times):
         learn(moe, optimiser, gradients, step, rank)
         learn_alone(alone, its_optimiser, step)

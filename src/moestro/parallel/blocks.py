@@ -36,6 +36,28 @@ def permuted(rows: Tensor, order: Tensor, inverse: bool = False) -> Tensor:
     return rows.index_select(0, order)
 
 
+def filled_up(order: Tensor, sizes: Tensor, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Groups of rows filled up to multiples of a number by repeating the first row of each; empty ones stay empty.
+
+    Args:
+        order: for each row, grouped, its place before.
+        sizes: rows of each group.
+        multiple: of the new sizes.
+
+    Returns: for each row of the new groups its place before; for each row before its place in the new groups, where
+        it is not one that fills; and the new sizes.
+    """
+    full = -(-sizes // multiple) * multiple
+    first = sizes.cumsum(0) - sizes
+    shift = full.cumsum(0) - full - first
+    place = torch.arange(len(order), device=order.device) + shift.repeat_interleave(sizes)
+    source = order[first.repeat_interleave(full)]
+    source[place] = order
+    where = torch.empty_like(order)
+    where[order] = place
+    return source, where, full
+
+
 def parts_of(load: Tensor, parts: int) -> Tensor:
     """Every block in parts as equal as can be: `load` -> `[parts, *load]`."""
     bounds = torch.arange(parts + 1, device=load.device).view(-1, *[1] * load.dim()) * load // parts

@@ -9,11 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moestro.parallel.blocks import block_order, offsets_of, permuted
+from moestro.parallel.blocks import block_order, filled_up, offsets_of
 from moestro.parallel.borrowed import Borrowed
 from moestro.parallel.mesh import Mesh
 from moestro.parallel.traffic import Phase, Traffic, forward_phase
 from moestro.parallel.wire import Wire
+
+TOGETHER = 4
+"""Rows that a product on a CPU takes at a time; a library may add up those left over in another order. Where none
+are left over, a row's bits do not depend on how many rows come along, hence not on where experts are."""
 
 Rows = Callable[[Tensor, Phase], Tensor]
 Bank = Callable[[Tensor, Tensor], Tensor]
@@ -188,9 +192,10 @@ class Trip:
         return self._compute_here(rows, load)
 
     def _compute_here(self, rows: Tensor, load: Tensor) -> Tensor:
-        order = block_order(load, (1, 0))
-        out = self.experts(permuted(rows, order), offsets_of(load.sum(0)))
-        return permuted(out, order, inverse=True)
+        order, sizes = block_order(load, (1, 0)), load.sum(0)
+        source, place, sizes = filled_up(order, sizes, TOGETHER if rows.device.type == "cpu" else 1)
+        out = self.experts(rows.index_select(0, source), offsets_of(sizes))
+        return out.index_select(0, place)
 
     def _compute_sliced(self, rows: Tensor, load: Tensor) -> Tensor:
         wire, slices = self.network.tensor, self.slices
