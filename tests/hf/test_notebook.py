@@ -9,9 +9,10 @@ import pytest
 
 pytest.importorskip("transformers")
 pytest.importorskip("plotly")
-NOTEBOOK = Path(__file__).parents[2] / "docs" / "notebooks" / "transformers.py"
+NOTEBOOK = Path(__file__).parents[2] / "docs" / "notebooks" / "seen_and_mended.py"
 RUN = """
-import json, runpy, sys
+import json, os, runpy, sys
+sys.path.insert(0, os.path.dirname(sys.argv[1]))  # as `python FILE` does
 _, made = runpy.run_path(sys.argv[1])["app"].run()
 made = dict(made)
 made["findings"] = [finding.name for finding in made["findings"]]
@@ -36,7 +37,9 @@ def test_the_notebook_runs_and_computes_its_figures():
     assert 3 < made["mended_loss"] < 6  # about ln 64 before training
     assert list(made["per_layer"].values()) == pytest.approx([4.0] * 4, abs=0.02)
     assert made["pooled"] == pytest.approx(1.0, abs=0.01)
-    assert made["collapse_figure"] == [list(made["per_layer"].values())]
+    bars, line = made["collapse_figure"]
+    assert bars == list(made["per_layer"].values())
+    assert line == [made["pooled"]] * 4
     assert max(made["healed"].values()) < 2
     assert [curve[0] for curve in made["loop_figure"]] == pytest.approx([4.0] * 4, abs=0.02)
     assert len(made["loop_figure"][0]) == 40

@@ -1,6 +1,6 @@
 """Your transformers MoE, seen and mended in ten lines: a marimo notebook on a tiny random model.
 
-Open it with `marimo edit docs/notebooks/transformers.py`, or run it with `python docs/notebooks/transformers.py`.
+Open it with `marimo edit docs/notebooks/seen_and_mended.py`, or run it with Python.
 It needs the extras `moestro[hf,report]` and marimo, and no network.
 """
 
@@ -86,9 +86,7 @@ def _(mo):
 @app.cell
 def _(mo, model, moestro):
     findings = moestro.hf.diagnose(model)
-    mo.ui.table(
-        [{"finding": each.name, "what happens": each.what, "mend": each.mend} for each in findings], selection=None
-    )
+    mo.md("\n".join(f"- **{each.name}**: {each.what}.\n\n  ```python\n  {each.mend}\n  ```" for each in findings))
     return (findings,)
 
 
@@ -153,17 +151,25 @@ def _(NUM_EXPERTS, batch, config, model, moestro, torch, transformers):
 @app.cell
 def _(go, mo, per_layer, pooled):
     names = [f"layer {number}" for number in range(len(per_layer))]
-    collapse_figure = go.Figure(go.Bar(x=names, y=list(per_layer.values()), name="each layer by itself"))
-    collapse_figure.add_hline(y=pooled, line_dash="dash", annotation_text="transformers: all layers pooled")
-    collapse_figure.update_layout(height=300, yaxis_title="balance loss; 1 is even, 4 is one expert of four")
+    collapse_figure = go.Figure(
+        [
+            go.Bar(x=names, y=list(per_layer.values()), name="each layer by itself", marker_color="#9db4d6"),
+            go.Scatter(x=names, y=[pooled] * len(names), name="transformers: pooled", line_color="#b3261e"),
+        ]
+    )
+    legend = {"orientation": "h", "y": 1.02, "yanchor": "bottom"}
+    collapse_figure.update_layout(height=340, yaxis_title="balance loss", legend=legend, margin_r=20)
     worst = max(per_layer.values())
     mo.vstack(
         [
-            mo.md(f"Each layer by itself: **{worst:.2f}** at worst. transformers' loss: **{pooled:.2f}**."),
+            mo.md(
+                f"Each layer by itself: **{worst:.2f}** at worst. transformers' loss: **{pooled:.2f}**. "
+                "1 is even, 4 is one expert of four."
+            ),
             collapse_figure,
         ]
     )
-    return (collapse_figure,)
+    return collapse_figure, legend
 
 
 @app.cell
@@ -197,14 +203,16 @@ def _(batch, collapsed, collapsed_log, moestro, torch):
 
 
 @app.cell
-def _(go, healed, history, mo):
+def _(go, healed, history, legend, mo):
     loop_figure = go.Figure(
         [
             go.Scatter(y=[row[number] for row in history], name=f"layer {number}")
             for number in range(len(history[0]))
         ]
     )
-    loop_figure.update_layout(height=300, xaxis_title="step", yaxis_title="balance loss of each layer")
+    loop_figure.update_layout(
+        height=340, xaxis_title="step", yaxis_title="balance loss", legend=legend, margin_r=20
+    )
     end = max(healed.values())
     mo.vstack([mo.md(f"The worst layer goes from {max(history[0]):.2f} to **{end:.2f}**."), loop_figure])
     return (loop_figure,)
