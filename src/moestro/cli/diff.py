@@ -10,8 +10,8 @@ from cyclopts import App, Parameter
 
 from moestro.cli.flags import Whole
 from moestro.cli.folders import model_folder
-from moestro.cli.inspect import DEFAULT, show_progress
-from moestro.cli.terminal import print_json, print_table
+from moestro.cli.inspect import DEFAULT
+from moestro.cli.pages import check_page, show_page, show_progress
 
 app = App(
     name="diff",
@@ -66,8 +66,7 @@ def diff(
         batch_size: sequences at once.
         json: print the numbers instead of writing anything.
     """
-    if out.suffix != ".html":
-        raise ValueError(f"--out {out} is no .html file; pass for example --out diff.html")
+    check_page(out, "diff.html")
     traces = [is_trace(path) for path in (a, b)]
     if any(traces) and not all(traces):
         trace, model = (a, b) if traces[0] else (b, a)
@@ -89,17 +88,9 @@ def diff(
             batch_size=batch_size,
             progress=show_progress(),
         )
-    if json:
-        print_json(found)
-        return
     from moestro.inspect.difference_page import write_difference_page
 
-    page, numbers = write_difference_page(found, out)
-    known = [column for column in COLUMNS if any(_row(layer)[column] is not None for layer in found["layers"])]
-    print_table([_row(layer) for layer in found["layers"]], known)
-    for sentence in found["findings"]:
-        print(sentence)
-    print(f"{page}\n{numbers}")
+    show_page(found, None if json else out, write_difference_page, _row, COLUMNS)
 
 
 def is_trace(path: Path) -> bool:

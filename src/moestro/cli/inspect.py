@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +10,7 @@ from cyclopts import App, Parameter
 
 from moestro.cli.flags import Whole
 from moestro.cli.folders import model_folder
-from moestro.cli.terminal import print_json, print_table
+from moestro.cli.pages import check_page, show_page, show_progress
 
 app = App(
     name="inspect",
@@ -56,8 +55,7 @@ def inspect(
         raise ValueError(f"there is no corpus {corpus!r}; pass --corpus default, or --data and your own files")
     if corpus and data:
         raise ValueError("--corpus and --data both name a text; pass one of them")
-    if out.suffix != ".html":
-        raise ValueError(f"--out {out} is no .html file; pass for example --out report.html")
+    check_page(out, "report.html")
     found = inspect_folder(
         model_folder(model),
         data,
@@ -66,16 +64,9 @@ def inspect(
         batch_size=batch_size,
         progress=show_progress(),
     )
-    if json:
-        print_json(found)
-        return
     from moestro.inspect.model_page import write_model_page
 
-    page, numbers = write_model_page(found, out)
-    print_table([_row(layer) for layer in found["layers"]], COLUMNS)
-    for sentence in found["findings"]:
-        print(sentence)
-    print(f"{page}\n{numbers}")
+    show_page(found, None if json else out, write_model_page, _row, COLUMNS)
 
 
 def inspect_folder(
@@ -137,12 +128,6 @@ def inspect_folder(
             },
         },
     } | survey.result(windows.domains, RankedTokenizer(windows, tokenizer))
-
-
-def show_progress() -> Callable[[str], None]:
-    if not sys.stderr.isatty():
-        return lambda text: None
-    return lambda text: print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def _row(layer: dict[str, Any]) -> dict[str, Any]:

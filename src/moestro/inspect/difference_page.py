@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moestro.inspect import difference_pictures
-from moestro.inspect.page import folder_name, render, write_with_numbers
+from moestro.inspect.page import Tile, folder_name, in_words, render, tiles_of, write_with_numbers
 
 MOST_TENSORS = 200
 """Tensors that a list of the page names."""
@@ -81,10 +81,10 @@ def _with(layers: Sequence[Mapping[str, Any]], key: str) -> list[Mapping[str, An
 
 def _tiles(found: Mapping[str, Any]) -> list[dict[str, str]]:
     layers, tensors = found["layers"], found["tensors"]
-    tiles: list[tuple[str, str, str, str, str]] = []
+    tiles: list[Tile] = []
     routed = _with(layers, "load_shift")
     if routed:
-        tiles.append(("tokens", f"{found['text']['tokens']:,}".replace(",", " "), "compared", "in both", ""))
+        tiles.append(("tokens", in_words(found["text"]["tokens"]), "compared", "in both", ""))
         chosen = [(layer["agreement"], layer["blind"]) for layer in _with(layers, "agreement")]
         if chosen:
             mean, blind = (100 * sum(column) / len(column) for column in zip(*chosen, strict=True))
@@ -104,4 +104,4 @@ def _tiles(found: Mapping[str, Any]) -> list[dict[str, str]]:
         tone = "bad" if alone + len(tensors["other_shape"]) else "good"
         note = f"{len(tensors['other_shape'])} of other shape"
         tiles.append(("tensors", f"{alone}", "in one alone", note, tone))
-    return [dict(zip(("label", "value", "unit", "note", "tone"), tile, strict=True)) for tile in tiles]
+    return tiles_of(tiles)

@@ -8,7 +8,7 @@ from typing import Any
 
 from moestro.inspect import model_pictures, pictures
 from moestro.inspect.likes import layer_likes
-from moestro.inspect.page import folder_name, render, write_with_numbers
+from moestro.inspect.page import Tile, folder_name, in_words, render, tiles_of, write_with_numbers
 
 _SHOWN = 8
 """Layers that are shown at once; the rest is folded away."""
@@ -97,10 +97,10 @@ def _tiles(found: Mapping[str, Any]) -> list[dict[str, str]]:
     busiest = max(max(layer["load"]) * layer["num_experts"] for layer in layers)
     known = [layer["next_layer"]["recall"] for layer in layers if layer["next_layer"]]
     ties = [layer["tie_rate"] for layer in layers if layer["tie_rate"] is not None]
-    tiles = [
+    tiles: list[Tile] = [
         (
             "tokens",
-            f"{found['text']['tokens']:,}".replace(",", " "),
+            in_words(found["text"]["tokens"]),
             "of text",
             f"{len(found['domains'])} domains",
             "",
@@ -117,4 +117,4 @@ def _tiles(found: Mapping[str, Any]) -> list[dict[str, str]]:
         tiles.append(
             ("ties", f"{worst:.2g} %", "of tokens at most", "equal experts compete", "bad" if worst else "good")
         )
-    return [dict(zip(("label", "value", "unit", "note", "tone"), tile, strict=True)) for tile in tiles]
+    return tiles_of(tiles)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,20 @@ def write_with_numbers(content: str, found: Mapping[str, Any], page: Path) -> tu
         for draft in drafts.values():
             draft.unlink(missing_ok=True)
     return page, page.with_suffix(".json")
+
+
+TILE = ("label", "value", "unit", "note", "tone")
+Tile = tuple[str, str, str, str, str]
+
+
+def tiles_of(rows: Sequence[Tile]) -> list[dict[str, str]]:
+    """The numbers at the head of a page, for the template: label, value, unit, note and tone (good, bad or none)."""
+    return [dict(zip(TILE, row, strict=True)) for row in rows]
+
+
+def in_words(number: int) -> str:
+    """A whole number with its thousands apart."""
+    return f"{number:,}".replace(",", " ")
 
 
 def folder_name(folder: Path) -> str:
