@@ -66,7 +66,7 @@ Tile = tuple[str, str, str, str, str]
 
 
 def tiles_of(rows: Sequence[Tile]) -> list[dict[str, str]]:
-    """The numbers at the head of a page, for the template: label, value, unit, note and tone (good, bad or none)."""
+    """The numbers at the head of a page, for the template; a tone is good, bad or none."""
     return [dict(zip(TILE, row, strict=True)) for row in rows]
 
 

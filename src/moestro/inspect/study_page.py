@@ -91,4 +91,4 @@ def _tiles(study: dict[str, Any], ranked: list[dict[str, Any]]) -> list[dict[str
     if dense is not None:
         size = f"{dense['active_parameters']:,}".replace(",", " ")
         tiles.append(("active parameters", size, "of the dense model", "every method within 1 % unless noted", ""))
-    return [dict(zip(("label", "value", "unit", "note", "tone"), tile, strict=True)) for tile in tiles]
+    return tiles_of(tiles)
