@@ -47,9 +47,15 @@ def write_with_numbers(content: str, found: Mapping[str, Any], page: Path) -> tu
 
     Returns: the page and the JSON file.
     """
-    contents = {page: content, page.with_suffix(".json"): json.dumps(found, ensure_ascii=False)}
-    drafts = {path: path.with_name(f"{path.name}.tmp") for path in contents}
+    numbers = page.with_suffix(".json")
     page.parent.mkdir(parents=True, exist_ok=True)
+    write_whole({page: content, numbers: json.dumps(found, ensure_ascii=False)})
+    return page, numbers
+
+
+def write_whole(contents: Mapping[Path, str]) -> None:
+    """Write files of text: all of them or, where one fails, none."""
+    drafts = {path: path.with_name(f"{path.name}.tmp") for path in contents}
     try:
         for path, text in contents.items():
             drafts[path].write_text(text, encoding="utf-8")
@@ -58,7 +64,6 @@ def write_with_numbers(content: str, found: Mapping[str, Any], page: Path) -> tu
     finally:
         for draft in drafts.values():
             draft.unlink(missing_ok=True)
-    return page, page.with_suffix(".json")
 
 
 TILE = ("label", "value", "unit", "note", "tone")

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moestro.inspect import pictures, story
+from moestro.inspect import page, pictures, story
 from moestro.inspect.history import LayerHistory, histories, use_validation_load
 from moestro.inspect.likes import layer_likes
+from moestro.inspect.page import write_whole
 from moestro.inspect.runfolder import RunFolder, read_run, series
-
-_TEMPLATE = Path(__file__).parent / "template"
 
 
 def write_report(run: Path) -> Path:
@@ -30,39 +28,21 @@ def write_report(run: Path) -> Path:
         ModuleNotFoundError: plotly is not installed.
     """
     run = Path(run)
-    page = render(read_run(run))
     path = run / "report.html"
-    temporary = path.with_name("report.html.tmp")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole({path: render(read_run(run))})
     return path
 
 
 def render(run: RunFolder) -> str:
     """The page as text."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-
     layers = histories(run.routing)
     model = "dense model" if story.is_dense(run) else "MoE"
     domains, likes = layer_likes(run.specialisation)
     most = max((share for layer in likes for row in layer.by_domain for share in row), default=0.0) or 1.0
     on_validation = use_validation_load(layers, {of.name: [e.share for e in of.experts] for of in likes})
     last_record = max((layer.steps[-1] for layer in layers), default=0)
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2").render(
-        style=Markup((_TEMPLATE / "report.css").read_text(encoding="utf-8")),
-        script=Markup((_TEMPLATE / "report.js").read_text(encoding="utf-8")),
-        plotly=Markup(pictures.plotly_script()),
+    return page.render(
+        "report.html.j2",
         name=run.path.resolve().name,
         about=_about(run, layers),
         verdict=story.verdict(run),

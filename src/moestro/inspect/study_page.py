@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from moestro.inspect import pictures, study_pictures
+from moestro.inspect import study_pictures
+from moestro.inspect.page import Tile, render, tiles_of, write_whole
 from moestro.inspect.study_words import alike, difference, interval, noise, remarks
-
-_TEMPLATE = Path(__file__).parent / "template"
 
 
 def write_study_page(study: Path) -> Path:
@@ -23,33 +21,19 @@ def write_study_page(study: Path) -> Path:
     """
     page = render_study(json.loads(study.read_text(encoding="utf-8")))
     path = study.with_name("study.html")
-    temporary = path.with_name("study.html.tmp")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole({path: page})
     return path
 
 
 def render_study(study: dict[str, Any]) -> str:
     """The page as text."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-
-    environment = Environment(
-        loader=FileSystemLoader(_TEMPLATE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals |= {"interval": interval, "difference": difference, "alike": alike, "remarks": remarks}
     ranked = [row for row in study["rows"] if row["rank"]]
-    return environment.get_template("study.html.j2").render(
-        style=Markup((_TEMPLATE / "report.css").read_text(encoding="utf-8")),
-        script=Markup((_TEMPLATE / "report.js").read_text(encoding="utf-8")),
-        plotly=Markup(pictures.plotly_script()),
+    return render(
+        "study.html.j2",
+        interval=interval,
+        difference=difference,
+        alike=alike,
+        remarks=remarks,
         study=study,
         verdict=verdict(study),
         noise=noise(study),
@@ -82,7 +66,7 @@ def _tiles(study: dict[str, Any], ranked: list[dict[str, Any]]) -> list[dict[str
     dense = next((row for row in ranked if row["method"] is None), None)
     failed = sum(1 for row in study["rows"] for run in row["runs"] if run["problem"])
     of = f"of {study['trainings']}"
-    tiles = [
+    tiles: list[Tile] = [
         ("trainings", f"{study['settled']}", of, "finished or failed", ""),
         ("failed", f"{failed}", "trainings", "the table says why", "bad" if failed else "good"),
         ("seeds", f"{len(study['seeds'])}", "per method", "paired by seed", ""),
