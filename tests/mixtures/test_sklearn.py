@@ -14,6 +14,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from sklearn.utils import get_tags
 from sklearn.utils.estimator_checks import check_estimator, estimator_checks_generator
 
 from moestro.mixtures import MixtureOfExpertsClassifier, MixtureOfExpertsRegressor
@@ -150,3 +151,11 @@ def test_experts_of_positive_targets_are_no_transformers():
     assert not hasattr(MixtureOfExpertsRegressor(expert="gamma"), "transform")
     assert not hasattr(MixtureOfExpertsRegressor(expert="gamma"), "fit_transform")
     assert hasattr(MixtureOfExpertsRegressor(), "fit_transform")
+
+
+@pytest.mark.parametrize("kind", [MixtureOfExpertsRegressor, MixtureOfExpertsClassifier])
+def test_tags_are_told_without_asking_for_tags(kind, monkeypatch):
+    asked, plain = [], kind._chosen_expert
+    monkeypatch.setattr(kind, "_chosen_expert", lambda self: asked.append(1) or plain(self))
+    assert get_tags(kind()).transformer_tags is not None
+    assert len(asked) == 1  # an answer that asks for tags again fills the stack
