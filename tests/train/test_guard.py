@@ -21,7 +21,7 @@ from moestro.train.spikes import spike
 from moestro.train.step import Stepper
 
 
-def fresh(seed):
+def fresh(seed, check_every=1):
     model = moestro.build_language_model(
         vocab_size=16,
         width=8,
@@ -36,7 +36,7 @@ def fresh(seed):
     optimiser = build_optimiser(model, learning_rate=0.01, weight_decay=0.1, betas=(0.9, 0.95))
     log = moestro.RoutingLog(model)
     machine = choose_machine("cpu", "float32", 1)
-    return model, optimiser, log, Stepper(model, optimiser, machine, log)
+    return model, optimiser, log, Stepper(model, optimiser, machine, log, check_every=check_every)
 
 
 def batch(seed):
@@ -116,11 +116,12 @@ KINDS = (
 )
 
 
-@pytest.mark.parametrize("count", [48, pytest.param(200, marks=pytest.mark.nightly)])
-def test_what_was_planted_is_caught_before_the_step_and_named(count):
+@pytest.mark.parametrize("check_every", [1, 8])  # weights that a step uses show in it, whether looked at or not
+@pytest.mark.parametrize("count", [24, pytest.param(200, marks=pytest.mark.nightly)])
+def test_what_was_planted_is_caught_before_the_step_and_named(count, check_every):
     for trial in range(count):
         chance, kind = random.Random(trial), KINDS[trial % len(KINDS)]
-        model, optimiser, log, stepper = fresh(trial)
+        model, optimiser, log, stepper = fresh(trial, check_every)
         stepper(batch(trial), 1)
         expected, called = plant(kind, chance, model, optimiser)
         before = [p.detach().clone() for p in model.parameters()]
@@ -131,6 +132,20 @@ def test_what_was_planted_is_caught_before_the_step_and_named(count):
         pairs = zip(before, model.parameters(), strict=True)
         assert all(torch.equal(old.nan_to_num(7), new.nan_to_num(7)) for old, new in pairs)
         log.close()
+
+
+def test_a_bad_bias_is_caught_where_no_loss_shows_it_and_a_mask_is_no_fault():
+    model, _, _, stepper = fresh(8)
+    model.layers[1].moe.router.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+    stepper = Stepper(model, stepper.optimiser, stepper.machine, stepper.log)
+    stepper(batch(0), 1)
+    bias = model.layers[1].moe.router.select.bias
+    bias[2] = float("-inf")  # that expert is never chosen
+    with pytest.raises(NonFiniteLoss) as caught:
+        stepper(batch(1), 2)
+    assert (caught.value.kind, caught.value.name) == ("weight", "layers.1.moe.router.select.bias")
+    bias[2] = 0.0
+    stepper(batch(1), 2)
 
 
 def test_the_watch_leaves_no_hook_behind():
@@ -192,7 +207,7 @@ class Planting(Silent):
 
 
 def test_halt_keeps_the_step_and_replay_runs_it_alone(tmp_path, monkeypatch, capsys):
-    recipe, out = tiny_recipe(tmp_path / "text.txt", check_every=1), tmp_path / "run"
+    recipe, out = tiny_recipe(tmp_path / "text.txt"), tmp_path / "run"
     with pytest.raises(
         NonFiniteLoss, match=r"layers\.0\.moe\.experts\[2\]\.down.*; the step is kept: moestro replay"
     ):
@@ -209,9 +224,7 @@ def test_halt_keeps_the_step_and_replay_runs_it_alone(tmp_path, monkeypatch, cap
 
 def test_rollback_goes_back_to_the_last_checkpoint_and_leaves_the_batch_out(tmp_path, monkeypatch):
     watcher = Planting(5, monkeypatch)
-    recipe = tiny_recipe(
-        tmp_path / "text.txt", steps=8, check_every=1, checkpoint_every=2, on_non_finite="rollback"
-    )
+    recipe = tiny_recipe(tmp_path / "text.txt", steps=8, checkpoint_every=2, on_non_finite="rollback")
     result = train_run(recipe, tmp_path / "run", progress=watcher)
     assert "moe: back to step 4" in watcher.lines
     assert [record["step"] for record in read_lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4, 6, 7, 8]
@@ -222,20 +235,20 @@ def test_rollback_goes_back_to_the_last_checkpoint_and_leaves_the_batch_out(tmp_
 
 def test_skip_leaves_the_batch_out_and_a_fault_that_stays_ends_the_run(tmp_path, monkeypatch):
     watcher = Planting(3, monkeypatch, lasting=True)
-    recipe = tiny_recipe(tmp_path / "text.txt", steps=40, evaluate_every=50, check_every=1, on_non_finite="skip")
+    recipe = tiny_recipe(tmp_path / "text.txt", steps=40, evaluate_every=50, on_non_finite="skip")
     with pytest.raises(NonFiniteLoss, match=r"one of 11 in 100 steps, which skip does not mend"):
         train_run(recipe, tmp_path / "run", progress=watcher)
     assert sum("skip: the batch is left out" in line for line in watcher.lines) == 10
 
 
 def test_a_validation_loss_that_is_no_number_ends_the_run(tmp_path, monkeypatch):
-    recipe = tiny_recipe(tmp_path / "text.txt", steps=40, evaluate_every=3, check_every=1, on_non_finite="skip")
+    recipe = tiny_recipe(tmp_path / "text.txt", steps=40, evaluate_every=3, on_non_finite="skip")
     with pytest.raises(NonFiniteLoss, match="the validation loss is nan after step 3"):
         train_run(recipe, tmp_path / "run", progress=Planting(3, monkeypatch, lasting=True))
 
 
 def test_rollback_without_a_checkpoint_says_so(tmp_path, monkeypatch):
-    recipe = tiny_recipe(tmp_path / "text.txt", check_every=1, on_non_finite="rollback")
+    recipe = tiny_recipe(tmp_path / "text.txt", on_non_finite="rollback")
     with pytest.raises(NonFiniteLoss, match=r"no checkpoint to go back to: lower train\.checkpoint_every"):
         train_run(recipe, tmp_path / "run", progress=Planting(3, monkeypatch))
 
@@ -251,13 +264,47 @@ def test_a_spike_is_six_deviations_above_fifty_losses():
 def test_huge_weights_are_sound_and_one_infinite_number_is_not():
     model, optimiser, _, stepper = fresh(3)
     stepper(batch(3), 1)
-    model.head.weight.data.fill_(3e38)  # their sum overflows
-    assert stepper._sound()
+    model.head.weight.data.fill_(3e38)  # their square overflows
+    assert stepper.sound(2)
     model.to(torch.float16)
     model.head.weight.data.fill_(6e4)
-    assert stepper._sound()
+    assert stepper.sound(2)
     moments = optimiser.state[model.layers[1].moe.experts.down]["exp_avg_sq"]
     moments.view(-1)[-1] = float("inf")
-    assert not stepper._sound()
+    assert not stepper.sound(2)
     moments.view(-1)[-2] = float("-inf")  # the two do not cancel
-    assert not stepper._sound()
+    assert not stepper.sound(2)
+
+
+def test_state_is_looked_at_every_step_and_each_weight_once_in_eight():
+    model, optimiser, _, stepper = fresh(3, check_every=8)
+    stepper(batch(3), 1)
+    for parameter in model.parameters():
+        kept = parameter.detach().clone()
+        parameter.data.view(-1)[-1] = float("nan")
+        assert sum(not stepper.sound(step) for step in range(16, 24)) == 1
+        parameter.data.copy_(kept)
+        for moments in [value for value in optimiser.state[parameter].values() if value.ndim]:
+            moments.view(-1)[-1] = float("nan")
+            assert not any(stepper.sound(step) for step in range(16, 24))
+            moments.view(-1)[-1] = 0.0
+    assert all(stepper.sound(step) for step in range(16, 24))
+    model.embedding.weight.data[3] = float("nan")
+    assert all(Stepper(model, optimiser, stepper.machine, check_every=0).sound(step) for step in range(8))
+
+
+def test_an_expert_that_no_token_meets_is_found_bad_within_eight_steps_and_harms_nothing_before():
+    model, _, _, stepper = fresh(8, check_every=8)
+    router, experts = model.layers[0].moe.router, model.layers[0].moe.experts
+    experts.down.data[3] = float("nan")
+
+    def eight_steps():
+        for step in range(1, 9):
+            router.select.bias[3] = -100.0
+            assert stepper(batch(step), step).loss < 10
+
+    with pytest.raises(NonFiniteLoss) as caught:
+        eight_steps()
+    assert (caught.value.kind, caught.value.name) == ("weight", "layers.0.moe.experts[3].down")
+    assert router.select.bias[3] == -100.0
+    assert all(parameter.isfinite().all() for name, parameter in model.named_parameters() if "down" not in name)

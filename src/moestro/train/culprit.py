@@ -47,9 +47,9 @@ class Culprit:
 _STAGES = ("weight", "optimiser state", "input", "output", "auxiliary loss", "gradient")
 
 
-def bad_weight(model: nn.Module) -> Culprit | None:
-    """The first parameter or buffer that is not finite."""
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+def bad_weight(model: nn.Module, buffers: Mapping[str, Tensor]) -> Culprit | None:
+    """The first parameter, or of these buffers, that is not finite."""
+    tensors = {**dict(model.named_parameters()), **buffers}
     return next((Culprit("weight", tensor_name(model, name, tensor)) for name, tensor in _bad(tensors)), None)
 
 

@@ -115,7 +115,10 @@ class TrainSection(Section):
         description="a bad loss or gradient: stop, leave the batch out, or do so from the last checkpoint",
     )
     check_every: int = Field(
-        8, ge=0, description="steps between looks for bad numbers in all weights and optimiser state; 0 = never"
+        8,
+        ge=0,
+        description="steps in which each weight is looked at once for bad numbers, optimiser state being looked at "
+        "every step; 0 = never",
     )
     checkpoint_every: int = Field(100, ge=0, description="steps between checkpoints; 0 = only when stopped")
     keep_last: int = Field(2, ge=1, description="newest checkpoints to keep")

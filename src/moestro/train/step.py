@@ -21,6 +21,7 @@ from moestro.train.errors import NonFiniteLoss
 from moestro.train.exchange import Exchange, NoExchange
 from moestro.train.machine import Machine
 from moestro.train.objectives import Objective, objective_for
+from moestro.train.sound import Soundness
 
 Statistics = Literal["micro-batch", "step"]
 
@@ -61,10 +62,11 @@ class Stepper:
         statistics: whose tokens an auxiliary loss is computed from, "micro-batch" or "step".
         objective: what is learned; None = what the model's routers need, mostly the next token.
         exchange: what processes with a share of the batch each need of each other; None = this one has it all.
-        check_every: steps between looks at all weights and all of the optimiser's state; 0 = never. Loss and
-            gradient are looked at every step.
+        check_every: steps in which each weight is looked at once, see `Soundness`; 0 = never, nor the optimiser's
+            state. Loss and gradient are looked at every step.
 
     Attributes:
+        sound: looks for bad numbers in weights and optimiser state.
         random_state: of torch's generator when the last step began.
     """
 
@@ -87,7 +89,8 @@ class Stepper:
         self.accumulate, self.clip, self.statistics = accumulate, clip, statistics
         self.objective = objective or objective_for(model)
         self.exchange = exchange or NoExchange()
-        self.check_every, self.random_state = check_every, torch.get_rng_state()
+        self.random_state = torch.get_rng_state()
+        self.sound = Soundness(model, optimiser, check_every)
         self._forward: Callable[..., Tensor] = model if compiled is None else compiled
 
     def __call__(self, batch: Batch, step: int) -> StepResult:
@@ -102,7 +105,7 @@ class Stepper:
         loss, auxiliary, grad_norm = total.pop("loss"), total.pop("auxiliary_loss"), float(self._gradient_norm())
         if not all(map(math.isfinite, (loss, auxiliary, grad_norm))):
             raise self._failure(batch, step, _bad_figure(loss, auxiliary))
-        if self.check_every and step % self.check_every == 0 and not self.exchange.all_true(self._sound()):
+        if self.sound.every and not self.exchange.all_true(self.sound(step)):
             raise self._failure(batch, step, "a weight or the optimiser's state is not finite")
         self.optimiser.step()
         self.exchange.settle(self.model)
@@ -164,7 +167,7 @@ class Stepper:
         """The error that names the first bad number, found by running the batch once more."""
         earliest = self.exchange.earliest
         seen = bad_gradient(self.model)
-        before = earliest(bad_weight(self.model) or bad_state(self.model, self.optimiser))
+        before = earliest(bad_weight(self.model, self.sound.buffers()) or bad_state(self.model, self.optimiser))
         culprit = before or self._again(batch) or earliest(seen)
         where = str(culprit) if culprit else "nothing when run again: a fault that passed"
         kind, name = (culprit.kind, culprit.name) if culprit else ("", "")
@@ -198,20 +201,6 @@ class Stepper:
             if first is not None:
                 return first
         return None
-
-    @torch.no_grad()
-    def _sound(self) -> bool:
-        """Whether every weight and every number that the optimiser keeps is finite.
-
-        A sum is finite unless a number in it is not, or huge ones overflow: the cheap look first, then the exact.
-        """
-        kept = [value for state in self.optimiser.state.values() for value in state.values() if value.ndim]
-        tensors = [*self.model.parameters(), *kept]
-        sums = torch.stack([_wide(tensor.sum(dtype=_WIDER.get(tensor.dtype))) for tensor in tensors])
-        return math.isfinite(sums.sum()) or all(bool(tensor.isfinite().all()) for tensor in tensors)
-
-
-_WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32}  # their sums overflow
 
 
 def _wide(value: Tensor) -> Tensor:
