@@ -166,6 +166,7 @@ CONTROLLERS: dict[str, Any] = {
     ),
     "adaptive sparsity": lambda: moestro.build("remoe", width=WIDTH, hidden=3, num_experts=EXPERTS, top_k=1),
     "follow drops": lambda: following_layer(),
+    "what experts carried": lambda: moestro.build("eigen-dmoe", width=WIDTH, hidden=3, num_experts=EXPERTS),
     "count steps": lambda: moestro.build(
         "stablemoe", width=WIDTH, hidden=3, num_experts=EXPERTS, vocab_size=11, capacity_factor=4.0
     ),
@@ -254,6 +255,8 @@ def test_a_micro_batch_alone_is_not_exact():
 
 def test_the_first_pass_leaves_no_trace():
     moe = moestro.build("eigen-dmoe", width=WIDTH, hidden=3, num_experts=EXPERTS).train()
+    moe.router.register_buffer("met", torch.zeros(()))  # a router that remembers what it met
+    moe.router.register_forward_hook(lambda router, given, decision: router.met.add_(len(given[0])) and None)
     noisy = moestro.build("deepseek-v3", width=WIDTH, hidden=3, num_experts=EXPERTS, top_k=2, bias_rate=0.1)
     model = nn.Sequential(moe, noisy)
     log, x = RoutingLog(model), torch.randn(3, WIDTH)

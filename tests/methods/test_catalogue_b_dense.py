@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 import moestro
 from moestro.balance import RoutingLog
@@ -466,6 +467,7 @@ def test_eigen_dmoe_gate_has_two_layers():
 
 def test_eigen_dmoe_guard_follows_its_rule_and_bounds_the_lead():
     moe = layer("eigen-dmoe", margin=2.0, constrained_steps=None)
+    log = RoutingLog(moe)
     total = torch.zeros(4, dtype=torch.float64)
     fixed = torch.tensor([2.0, 1.0, -1.0, -2.0], dtype=torch.float64)
     masked = 0
@@ -473,7 +475,9 @@ def test_eigen_dmoe_guard_follows_its_rule_and_bounds_the_lead():
         x = tokens(8)
         p = (moe.router.scorer(x) * 0.1 + fixed).softmax(1)
         moe.router.scorer.outer.bias.data.copy_(fixed)
-        decision = moe.route(x)
+        with log.recording():
+            decision = moe.route(x)
+        log.update_controllers()
         p = decision.probs * (total - total.mean() <= 2.0)
         p = p / p.sum(1, keepdim=True)
         assert_close(decision.routing.combine_matrix(), p)
@@ -484,19 +488,48 @@ def test_eigen_dmoe_guard_follows_its_rule_and_bounds_the_lead():
     assert_close(moe.router.total.double(), total, rtol=1e-5, atol=1e-5)
 
 
+def test_eigen_dmoe_counts_a_step_once_however_it_is_split_and_recomputed():
+    """Recomputation in backward must neither count again nor meet another mask than the forward pass."""
+    whole, split = (layer("eigen-dmoe", margin=0.05, constrained_steps=None) for _ in range(2))
+    split.load_state_dict(whole.state_dict())
+    logs, x = [RoutingLog(whole), RoutingLog(split)], tokens(12)
+    valid = torch.arange(12) % 5 != 0
+    for _ in range(4):
+        with logs[0].recording():
+            y = whole(x, Context(valid=valid))
+        y.square().sum().backward()
+        for rows in (slice(0, 5), slice(5, 12)):
+            with logs[1].recording():
+                y = checkpoint(split, x[rows], Context(valid=valid[rows]), use_reentrant=False)
+            y.square().sum().backward()
+        for log in logs:
+            log.update_controllers()
+    assert whole.router.calls == split.router.calls == 4
+    assert_close(split.router.total, whole.router.total)
+    assert_close(float(whole.router.total.sum()), 4.0)
+    assert (whole.router.total - whole.router.total.mean() > 0.05).any(), "somebody sits out"
+    for one, other in zip(whole.parameters(), split.parameters(), strict=True):
+        assert_close(other.grad, one.grad)
+
+
 def test_eigen_dmoe_is_free_without_margin_after_its_steps_and_in_evaluation():
     x = tokens(6)
     for options in ({"margin": math.inf, "constrained_steps": None}, {"margin": 0.1, "constrained_steps": 3}):
         moe = layer("eigen-dmoe", **options)
         moe.router.scorer.outer.bias.data[0] += 5
+        log = RoutingLog(moe)
         for _ in range(5):
-            decision = moe.route(x)
+            with log.recording():
+                decision = moe.route(x)
+            log.update_controllers()
         assert_close(decision.routing.combine_matrix(), decision.probs)
     moe = layer("eigen-dmoe", margin=0.1, constrained_steps=None)
     moe.router.total[1] = 10
     assert not moe.route(x).routing.combine_matrix()[:, 1].any()
-    before = moe.router.total.clone()
-    assert moe.eval().route(x).routing.combine_matrix()[:, 1].all()
+    before, log = moe.router.total.clone(), RoutingLog(moe.eval())
+    with log.recording():
+        assert moe.route(x).routing.combine_matrix()[:, 1].all()
+    log.update_controllers()
     assert torch.equal(moe.router.total, before), "evaluation does not count"
     with pytest.raises(ValueError, match="margin=0"):
         layer("eigen-dmoe", margin=0)

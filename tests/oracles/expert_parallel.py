@@ -274,8 +274,6 @@ def _of_parameters(net: Net, reference: Net, mesh: Mesh) -> Iterator[str]:
             yield from _apart(f"expert {expert} {name}", grad, wanted)
     buffers = dict(reference.moe.router.named_buffers())
     for name, buffer in net.moe.router.named_buffers():
-        if name in ("total", "calls"):  # of OverloadGuard: what one process saw, like the mean of a batch norm
-            continue
         yield from _apart(name, buffer.double(), buffers[name].double())
 
 

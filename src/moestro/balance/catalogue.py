@@ -5,7 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from moestro.balance import adaptive, controllers, levels, losses, quantile, smooth, sparsity, special, steps
+from moestro.balance import (
+    adaptive,
+    controllers,
+    levels,
+    losses,
+    overload,
+    quantile,
+    smooth,
+    sparsity,
+    special,
+    steps,
+)
 from moestro.balance.depth import DepthLoss
 from moestro.balance.distilled import Distillation, SignedOverload
 from moestro.balance.information import TokenInformation
@@ -265,6 +276,13 @@ BALANCINGS: tuple[Balancing, ...] = (
         options="loss, gain, largest, decay",
     ),
     Balancing("controller", steps.CountSteps, "router.step += 1", "optimiser steps", "Nie et al. 2021"),
+    Balancing(
+        "controller",
+        overload.CountCarried,
+        "total += mean over tokens of g; an expert sits out while its total leads by more than the margin",
+        "combine weights in a step",
+        "Eigen et al. 2013",
+    ),
     Balancing("capacity", capacities.Dropless, "every expert takes all that come", "-", "Gale et al. 2022"),
     Balancing(
         "capacity",

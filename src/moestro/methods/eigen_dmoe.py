@@ -1,5 +1,6 @@
 """Deep mixtures of experts."""
 
+from moestro.balance.overload import CountCarried
 from moestro.experts import Experts
 from moestro.layers import MoE
 from moestro.methods.registry import method
@@ -22,4 +23,4 @@ def eigen_dmoe(
     such layers for the paper's network. The paper gives neither number.
     """
     scorer = TwoLayer(experts.width, experts.num_experts, gate_hidden)
-    return MoE(OverloadGuard(scorer, margin, constrained_steps), experts)
+    return MoE(OverloadGuard(scorer, margin, constrained_steps), experts, controllers=[CountCarried()])
