@@ -136,7 +136,7 @@ def test_a_rank_that_falls_silent_ends_the_run(tmp_path):
     recipe = tiny_recipe(tmp_path / "text.txt", steps=10**6, **MINE)
     recipe = recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update={"timeout": 5.0})})
     act = Act(tmp_path / "run", lambda ranks: ranks[1].suspend())
-    with pytest.raises(LostProcess, match=r"rank 0 lost another process: .*[Tt]imed out"):
+    with pytest.raises(LostProcess, match=r"rank 0 lost another process: timed out$"):
         launch_run(recipe, tmp_path / "run", 2, progress="silent")
     assert time.monotonic() - act.at < 30
     assert not any(process.is_running() for process in act.ranks.values())

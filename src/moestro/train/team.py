@@ -20,7 +20,7 @@ from moestro.train.errors import DamagedCheckpoint, LostProcess, NonFiniteLoss
 
 T = TypeVar("T")
 _SHARED = (DamagedCheckpoint, NonFiniteLoss, ValueError, OSError, RuntimeError)  # the first that fits
-_SILENCE = re.compile(r"connection (closed|reset|refused)|timed out|broken pipe|remote process", re.IGNORECASE)
+SILENCE = re.compile(r"connection (closed|reset|refused)|timed out|broken pipe|remote process", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def is_silence(error: BaseException) -> bool:
     """Whether an error only says that another process ended or does not answer."""
     if isinstance(error, LostProcess | dist.DistNetworkError):
         return True
-    return isinstance(error, RuntimeError) and bool(_SILENCE.search(str(error)))
+    return isinstance(error, RuntimeError) and bool(SILENCE.search(str(error)))
 
 
 @contextmanager

@@ -47,7 +47,7 @@ def _attempt(folder: Path, rank: int, job: dict[str, Any]) -> tuple[dict[str, An
         return {"kind": "NonFiniteLoss", **said}, FAILED
     except Exception as error:
         if is_silence(error):
-            message = f"rank {rank} lost another process: {_line(error)}"
+            message = f"rank {rank} lost another process: {_loss(error)}"
             return {"kind": "LostProcess", "message": message}, FAILED
         known = isinstance(error, ValueError | OSError) or type(error).__module__.startswith("moestro.")
         if not known or os.environ.get("MOESTRO_DEBUG", "") not in ("", "0"):
@@ -88,7 +88,8 @@ def run_as_member(
             return train_run(recipe, out, resume=resume, overwrite=overwrite, progress=progress, team=team)
         except RuntimeError as error:
             if is_silence(error):
-                raise LostProcess(f"rank {team.rank} lost another process: {_line(error)}") from None
+                first = "torchrun says below which rank ended first"
+                raise LostProcess(f"rank {team.rank} lost another process: {_loss(error)}; {first}") from None
             raise
 
 
@@ -107,6 +108,14 @@ def _line(error: Exception) -> str:
     line = " ".join(text.split()) or "no reason given"
     known = isinstance(error, ValueError | OSError | RuntimeError)
     return line if known else f"{type(error).__name__}: {line}"
+
+
+def _loss(error: Exception) -> str:
+    """How another process was missed, without what the network library says around it."""
+    from moestro.train.team import SILENCE
+
+    match = None if isinstance(error, LostProcess) else SILENCE.search(str(error))
+    return match[0].lower() if match else _line(error)
 
 
 if __name__ == "__main__":
