@@ -31,6 +31,7 @@ USES = {
     "chunked": "experts compute while others travel",
     "pairwise": "likewise, one distance between ranks after another",
     "adaptive": "rows or slices travel, whichever are less, call by call",
+    "shadow": "like `linear`, but hot experts travel where that is shorter; here none is",
     "data-centric": "experts travel: small ones, many tokens",
 }
 COLUMNS = [(phase, link) for phase in ("forward", "backward") for link in ("intra", "inter")]

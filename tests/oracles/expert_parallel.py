@@ -18,7 +18,7 @@ from moestro.balance import Loss, RoutingLog
 from moestro.experts.parallel import parallel_banks
 from moestro.layers import Gradients, spread
 from moestro.parallel import Mesh, MeshShape, Placement, Transport
-from moestro.parallel.transports import Adaptive, DropCopies, Pairwise
+from moestro.parallel.transports import Adaptive, DropCopies, Pairwise, Shadow
 from moestro.routing import Context
 
 VOCAB, WIDTH, HIDDEN, EXPERTS, CLIP = 31, 8, 4, 8, 0.25
@@ -73,6 +73,8 @@ class Scene:
         name, *rest = self.transport.split()
         if name == "pairwise" and rest:
             return Pairwise(int(rest[0]))
+        if name == "shadow" and rest:
+            return Shadow(bandwidth=float(rest[0]))
         if name == "adaptive" and rest:
             return Adaptive(*rest[1:], degree=int(rest[0]))
         return DropCopies(rest[0]) if rest else name

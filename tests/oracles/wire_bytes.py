@@ -11,7 +11,7 @@ import torch
 from moestro.experts import MLP
 from moestro.experts.parallel import ParallelExperts
 from moestro.parallel import Mesh, MeshShape, Network
-from moestro.parallel.transports import DropCopies, Pairwise, StaticCapacity, make_transport
+from moestro.parallel.transports import DropCopies, Pairwise, Shadow, StaticCapacity, make_transport
 from moestro.routing import SparseRouting
 
 WIDTH, HIDDEN = 6, 5
@@ -71,6 +71,7 @@ def _transport(name: str) -> Any:
     make: dict[str, Callable[[str], Any]] = {
         "pairwise": lambda n: Pairwise(int(n)),
         "capacity": lambda n: StaticCapacity(int(n)),
+        "shadow": lambda n: Shadow(bandwidth=float(n)),
         "drop-copies": DropCopies,
     }
     return make[name](rest[0])
@@ -251,6 +252,48 @@ class Form:
         rows, experts = 2 * mean * self.row / self.ranks, self.slots * expert  # to one other rank
         form = self.linear(i) if rows < experts else self.data_centric(i)
         return form + self.told(i, self.everyone, 1) + self.told(i, [i], 1)
+
+    def shadow(self, i: int) -> Bytes:
+        """As `linear`, but the rows of shadowed experts stay and their weights go to every other rank and back."""
+        hot = self.shadows()
+        kept, self.rows = self.rows, [[0] * self.ranks for _ in range(self.ranks)]
+        for source, tokens in enumerate(self.choices):
+            for expert in (e for chosen in tokens for e in chosen if e not in hot):
+                self.rows[source][expert // self.slots] += 1
+        total, self.rows = self.linear(i), kept
+        expert = 2 * self.width * self.case.get("hidden", HIDDEN) * 4
+        mine = sum(e // self.slots == i for e in hot)
+        for j in self.everyone:
+            theirs = sum(e // self.slots == j for e in hot)
+            total["experts", "forward", self.link(i, j)] += mine * expert
+            total["experts", "backward", self.link(i, j)] += theirs * expert
+        return total + self.told(i, self.everyone, self.case["experts"])
+
+    def shadows(self) -> set[int]:
+        """Hottest expert of the busiest rank, again and again, while (3 t_c + 4 t_f) B + i t_m falls."""
+        flops, bandwidth = 11.5e12, float([*self.case["transport"].split(), 50e9 / 8][1])
+        weights = 2 * self.width * self.case.get("hidden", HIDDEN)
+        row, shadow = 6 * weights / flops + 4 * self.row / bandwidth, 2 * weights * 4 / bandwidth
+        count = Counter(e for tokens in self.choices for chosen in tokens for e in chosen)
+        hot: set[int] = set()
+
+        def work(rank: int, without: set[int]) -> int:
+            return sum(count[e] for e in range(rank * self.slots, (rank + 1) * self.slots) if e not in without)
+
+        def seconds(without: set[int]) -> float:
+            return row * max(work(rank, without) for rank in self.everyone) + len(without) * shadow
+
+        while True:
+            busiest = max(self.everyone, key=lambda rank: work(rank, hot))
+            slots = [
+                e for e in range(busiest * self.slots, (busiest + 1) * self.slots) if e not in hot and count[e]
+            ]
+            if not slots:
+                return hot
+            more = {*hot, max(slots, key=lambda e: count[e])}
+            if seconds(more) >= seconds(hot):
+                return hot
+            hot = more
 
     def drop_copies(self, i: int) -> Bytes:
         """Of an even load that the copies can share: the transport's rows divided, and the copies' own rows."""

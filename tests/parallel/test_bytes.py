@@ -10,7 +10,7 @@ from oracles.wire_bytes import WIDTH, Form
 
 TRANSPORTS = [
     "linear", "capacity", "capacity 40", "two-level", "leader", "chunked", "pairwise", "pairwise 2", "deduplicated",
-    "gather", "data-centric", "adaptive",
+    "gather", "data-centric", "adaptive", "shadow", "shadow 1e15",
 ]  # fmt: skip
 
 

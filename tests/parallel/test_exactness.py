@@ -11,8 +11,8 @@ import moestro
 from moestro.parallel import all_transports
 
 ROWS = ["linear", "capacity", "two-level", "leader", "chunked", "pairwise"]
-TRANSPORTS = [*ROWS, "deduplicated", "gather", "data-centric", "adaptive"]
-TRAVEL = ("data-centric", "adaptive")  # of experts, that must lie in one bank
+TRANSPORTS = [*ROWS, "deduplicated", "gather", "data-centric", "adaptive", "shadow"]
+TRAVEL = ("data-centric", "adaptive", "shadow")  # of experts, that must lie in one bank
 DEGREES = [("expert=2 tensor=2", (0, 1, 2)), ("tensor=4", (0, 1, 2, 4)), ("expert=4", (0, 1))]
 # one or more of every router family, and every kind of routing and bank
 FAMILIES = [
@@ -59,9 +59,15 @@ def some_scenes() -> list[Scene]:
     degrees = [Scene("qwen3", f"adaptive {d}", mesh, again=bool(d % 2)) for mesh, all_of in DEGREES for d in all_of]
     degrees += [Scene("switch", "adaptive", mesh, parts=2) for mesh, _ in DEGREES]
     degrees += [Scene("deepseek-v3", f"adaptive 1 {name}", "expert=2 tensor=2") for name in ("chunked", "leader")]
+    shadows = ["expert=4", "data=2 expert=2", "expert=2 tensor=2"]
     return [
         *scenes,
         *degrees,
+        *(
+            Scene("qwen3", f"shadow {b}", m, n % 2 + 1, n % 2 == 0, tilt=n < 3)
+            for b in (1e15, 1e10)
+            for n, m in enumerate(shadows)
+        ),
         Scene("qwen3", "pairwise 2", "expert=4", parts=2),
         Scene("mixtral", "linear", "expert=4"),
     ]

@@ -7,6 +7,7 @@ from moestro.parallel.transports.copies import DropCopies
 from moestro.parallel.transports.data_centric import DataCentric
 from moestro.parallel.transports.linear import Linear
 from moestro.parallel.transports.pipelined import Chunked, Pairwise, Pipelined
+from moestro.parallel.transports.shadow import Shadow
 from moestro.parallel.transports.tokens import Deduplicated, Gather
 from moestro.parallel.transports.two_level import Leader, TwoLevel
 
@@ -21,6 +22,7 @@ __all__ = [
     "Linear",
     "Pairwise",
     "Pipelined",
+    "Shadow",
     "StaticCapacity",
     "TokenTransport",
     "Transport",
