@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracles.bank import run_bank
+from oracles.bank import check_layer
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -23,7 +23,7 @@ from moestro.kernels.triton.operator import triton_bank
 from moestro.kernels.triton.product import grouped_product
 from moestro.routing import SparseRouting
 
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 4e-2}  # of sizes, see test_bank.py
 assert is_interpreted()
 
 
@@ -95,18 +95,8 @@ def compare(case: Case) -> None:
     parameters = dict(experts.named_parameters())
     got = torch.autograd.grad(y, [x, weight, *parameters.values()], upstream)
 
-    exact = [each.detach().double().requires_grad_() for each in (x, weight, *parameters.values())]
-    kept = exact[1] if keep is None else exact[1] * keep
-    combine = torch.zeros(case.tokens, case.num_experts, dtype=torch.float64).scatter(1, index, kept)
-    expected = run_bank(exact[0], combine, dict(zip(parameters, exact[2:], strict=True)), case.activation)
-    want = torch.autograd.grad(expected, exact, upstream.double(), allow_unused=True)
-    for name, g, w in zip(["y", "x", "weight", *parameters], (y, *got), (expected, *want), strict=True):
-        assert g.isfinite().all(), name
-        wanted = torch.zeros_like(g).double() if w is None else w.detach()
-        scale = max(float(wanted.abs().max()) if wanted.numel() else 1.0, 1e-3)
-        assert_close(
-            g.double(), wanted, rtol=0, atol=TOLERANCE[case.dtype] * scale, msg=lambda m, name=name: f"{name}: {m}"
-        )
+    found = dict(zip(["y", "x", "weight", *parameters], (y, *got), strict=True))
+    check_layer(found, x, weight, index, keep, parameters, case.activation, upstream, TOLERANCE[case.dtype])
 
 
 quiet = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
-from oracles.bank import run_bank
+from oracles.bank import check_layer
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -15,6 +15,9 @@ from moestro.kernels.bank import bank as bank_operator
 from moestro.kernels.plan import BATCHES, FEW_SIZES, most_rows
 from moestro.routing import SparseRouting
 
+# Of an entry's size, see `sizes`. In bfloat16 twenty times the 2^-9 of one rounding: nine lie between an argument
+# and the gradient of `up`, and those of a pre-activation z < 0 count |z| times, as silu(z) is about z e^z there.
+# The other dtypes add up hundreds of products in their own precision.
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 4e-2}
 
 
@@ -88,42 +91,29 @@ def compare(case: Case) -> None:
     parameters = dict(experts.named_parameters())
     got = torch.autograd.grad(y, [x, weight, *parameters.values()], upstream, allow_unused=case.tokens == 0)
 
-    exact = [each.detach().double().requires_grad_() for each in (x, weight, *parameters.values())]
-    kept = exact[1] if keep is None else exact[1] * keep
-    combine = torch.zeros(case.tokens, case.num_experts, dtype=torch.float64).scatter(1, index, kept)
-    expected = run_bank(exact[0], combine, dict(zip(parameters, exact[2:], strict=True)), case.activation)
-    want = torch.autograd.grad(expected, exact, upstream.double(), allow_unused=True)
-    close("y", y, expected, case)
-    for name, g, w in zip(["x", "weight", *parameters], got, want, strict=True):
-        close(name, torch.zeros(1) if g is None else g, w, case)
+    found = dict(zip(["y", "x", "weight", *parameters], (y, *got), strict=True))
+    check_layer(found, x, weight, index, keep, parameters, case.activation, upstream, TOLERANCE[case.dtype])
 
 
-def close(name: str, got: Tensor, want: Tensor | None, case: Case) -> None:
-    """Equal within the dtype's tolerance of the largest entry: single entries may be sums that cancel."""
-    if want is None:  # nothing was routed
-        assert not got.any(), name
-        return
-    assert got.isfinite().all(), name
-    scale = float(want.detach().abs().max()) if want.numel() else 1.0
-    atol = TOLERANCE[case.dtype] * max(scale, 0.1)  # hundreds of terms around one may cancel to nearly nothing
-    assert_close(got.double(), want, rtol=0, atol=atol, msg=lambda m: f"{name}: {m}")
+quiet = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 
-random_layers = given(cases())
-quiet = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
-
-
-@settings(max_examples=150, **quiet)
-@random_layers
+@settings(max_examples=150, derandomize=True, **quiet)
+@given(cases())
 def test_random_layers_equal_the_oracle(case: Case) -> None:
     compare(case)
 
 
 @pytest.mark.nightly
-@settings(max_examples=2000, **quiet)
-@random_layers
-def test_two_thousand_random_layers_equal_the_oracle(case: Case) -> None:
-    compare(case)
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("part", range(20))
+def test_two_thousand_random_layers_equal_the_oracle(part: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 + part % 2)
+    try:
+        settings(max_examples=100, database=None, **quiet)(seed(part)(given(cases())(compare)))()
+    finally:
+        torch.set_num_threads(before)
 
 
 def arguments(
