@@ -92,7 +92,7 @@ class Backward:
         h.mul_(scale)
 
     def _outer_gradients(self, chunk: Chunk, weighted: Tensor, dy: Tensor) -> None:
-        self.gradients.add("down", chunk, weighted, dy)
+        self.gradients.add(("down",), chunk, weighted, dy)
         self.gradients.add_bias("down_bias", chunk, dy, None if self.weight is None else self._scale(chunk, dy))
 
     def _scale(self, chunk: Chunk, like: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ class Backward:
 
     def _inner_gradients(self, chunk: Chunk, rows: Tensor, d_inner: Tensor) -> None:
         names = ("gate", "up") if self.call.given.gate is not None else ("up",)
+        self.gradients.add(names, chunk, rows, d_inner)
         blocks = self.call.halves(d_inner) if len(names) == 2 else (d_inner,)
         for name, block in zip(names, blocks, strict=True):
-            self.gradients.add(name, chunk, rows, block)
             self.gradients.add_bias(f"{name}_bias", chunk, block)

@@ -86,9 +86,14 @@ class Matrices:
         return part.weight_of[e].to(self._dtype)
 
     def _weights(self, experts: Tensor) -> Tensor:
-        """All weights of these experts, `[experts, in, columns]`, copied."""
-        weights = [part.weight.index_select(0, experts).to(self._dtype) for part in self._parts]
-        return weights[0] if len(weights) == 1 else torch.cat(weights, -1)
+        """All weights of these experts side by side, `[experts, in, columns]`, copied."""
+        if len(self._parts) == 1:
+            return self._parts[0].weight.index_select(0, experts).to(self._dtype)
+        like = self._parts[0].weight
+        both = torch.empty(len(experts), like.shape[1], self.columns, dtype=self._dtype, device=like.device)
+        for part in self._parts:
+            both[..., part.columns].copy_(part.weight.index_select(0, experts))
+        return both
 
     def _multiply_batch(self, chunk: Chunk, experts: Tensor, rows: Tensor, out: Tensor) -> None:
         biases = [part.bias.index_select(0, experts) for part in self._parts if part.bias is not None]
@@ -120,20 +125,33 @@ class Gradients:
             for e in set(range(len(parameter))) - busy:
                 self._slices[name][e].zero_()
 
-    def add(self, name: str, chunk: Chunk, rows: Tensor, gradient: Tensor) -> None:
-        """`rows^T gradient` of each expert in the chunk."""
-        if name not in self.found:
-            return
+    def add(self, names: Sequence[str], chunk: Chunk, rows: Tensor, gradient: Tensor) -> None:
+        """`rows^T gradient` of each expert in the chunk; parameters side by side share the gradient's columns."""
+        columns = gradient.shape[1] // len(names)
+        blocks = {name: slice(i * columns, (i + 1) * columns) for i, name in enumerate(names) if name in self.found}
         if chunk.index is not None:
-            products = torch.bmm(chunk.batch(rows).transpose(1, 2), chunk.batch(gradient))
-            self.found[name].index_copy_(0, chunk.index, products.to(self.found[name].dtype))
+            self._add_batch(blocks, chunk, chunk.index, rows, gradient)
             return
-        for e, x, g in chunk.groups(rows, gradient):
-            target = self._slices[name][e]
-            if target.dtype == x.dtype:
-                torch.mm(x.t(), g, out=target)
-            else:
-                target.copy_(torch.mm(x.t(), g))
+        for name, block in blocks.items():
+            for e, x, g in chunk.groups(rows, gradient[:, block]):
+                target = self._slices[name][e]
+                if target.dtype == x.dtype:
+                    torch.mm(x.t(), g, out=target)
+                else:
+                    target.copy_(torch.mm(x.t(), g))
+
+    def _add_batch(
+        self, blocks: Mapping[str, slice], chunk: Chunk, experts: Tensor, rows: Tensor, gradient: Tensor
+    ) -> None:
+        """One product for all parameters side by side: it reads the rows once, and wide products are quicker."""
+        if not blocks:
+            return
+        first = min(block.start for block in blocks.values())
+        wanted = gradient[:, first : max(block.stop for block in blocks.values())]
+        products = torch.bmm(chunk.batch(rows).transpose(1, 2), chunk.batch(wanted))
+        for name, block in blocks.items():
+            mine = products[..., block.start - first : block.stop - first]
+            self.found[name].index_copy_(0, experts, mine.to(self.found[name].dtype))
 
     def add_bias(self, name: str, chunk: Chunk, gradient: Tensor, scale: Tensor | None = None) -> None:
         """The sum of each expert's gradient rows, each times its entry of scale `[rows, 1]`."""
