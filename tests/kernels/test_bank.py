@@ -98,6 +98,7 @@ def compare(case: Case) -> None:
 quiet = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 
+@pytest.mark.timeout(900)
 @settings(max_examples=150, derandomize=True, **quiet)
 @given(cases())
 def test_random_layers_equal_the_oracle(case: Case) -> None:

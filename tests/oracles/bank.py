@@ -30,7 +30,7 @@ def check_layer(
     y = run_bank(rows, combine, exact, activation)
     inputs = {"x": rows, "weight": share, **exact}
     gradients = torch.autograd.grad(y, list(inputs.values()), upstream, allow_unused=True)
-    size = sizes(rows, combine, exact, activation, upstream)
+    size = sizes(rows, combine, exact, activation, upstream, tolerance)
     size["weight"] = size["combine"].gather(1, index)
     for name, want in {"y": y, **dict(zip(inputs, gradients, strict=True))}.items():
         _check_close(
@@ -69,13 +69,15 @@ def _expert(rows: Tensor, weights: Mapping[str, Tensor], activation: str) -> Ten
 
 
 def sizes(
-    x: Tensor, combine: Tensor, weights: Mapping[str, Tensor], activation: str, upstream: Tensor
+    x: Tensor, combine: Tensor, weights: Mapping[str, Tensor], activation: str, upstream: Tensor, tolerance: float
 ) -> dict[str, Tensor]:
     """How large every entry of y and of its gradients would be if no sum in it cancelled.
 
     The size of a sum is the root of its terms' summed squares or, if larger, its own magnitude; that of a product
     is the product of the sizes. Rounding errs by a share of each term, independently: that much of the size remains
-    also where the sum itself is nearly nothing.
+    also where the sum itself is nearly nothing. Which side of relu's kink a pre-activation lies on is not known
+    within a fifth of the tolerance; what such a unit passes on may be there or not, so its size is 1 / tolerance
+    times as large.
 
     Returns: `y`, `x`, `combine [tokens, experts]`, and of each weight by its name.
     """
@@ -85,7 +87,8 @@ def sizes(
         for e in range(combine.shape[1]):
             chosen = torch.nonzero(combine[:, e])[:, 0]
             mine = {name: value[e] for name, value in weights.items()}
-            rows, shares = _squares(x[chosen], combine[chosen, e, None], mine, activation, upstream[chosen])
+            given = x[chosen], combine[chosen, e, None], mine, activation, upstream[chosen]
+            rows, shares = _squares(*given, tolerance)
             found["combine"][chosen, e] = rows.pop("combine")
             for name, value in rows.items():
                 found[name].index_add_(0, chosen, value)
@@ -95,7 +98,7 @@ def sizes(
 
 
 def _squares(
-    x: Tensor, combine: Tensor, weights: Mapping[str, Tensor], activation: str, upstream: Tensor
+    x: Tensor, combine: Tensor, weights: Mapping[str, Tensor], activation: str, upstream: Tensor, tolerance: float
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Squared sizes at one expert: of each row, and of the weights. combine is `[rows, 1]`."""
     squares = {name: value.square() for name, value in weights.items()}
@@ -107,8 +110,11 @@ def _squares(
     squared = activation == "squared_relu"
     hidden = gate * up * (up if squared else 1)  # |act(z)| <= |z|, z^2 for the latter
     d_hidden = _square_of_sum(upstream, weights["down"].t(), None)
+    kinked = torch.zeros_like(up, dtype=torch.bool)
+    if activation == "relu":
+        kinked = (x @ weights["up"] + weights.get("up_bias", 0)).square() <= up * (tolerance / 5) ** 2
     combine, x, upstream = combine.square(), x.square(), upstream.square()
-    d_inner = combine * d_hidden * (4 * up if squared else 1)
+    d_inner = combine * d_hidden * (4 * up if squared else 1) * torch.where(kinked, tolerance**-2, 1.0)
     inner = {"up": d_inner * gate} | ({"gate": d_inner * up} if activation in GATED else {})
     rows = {
         "y": combine * (hidden @ squares["down"] + bias),
