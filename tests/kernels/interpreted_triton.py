@@ -84,7 +84,7 @@ def compare(case: Case) -> None:
                 parameter.data = parameter.data.transpose(1, 2).contiguous().transpose(1, 2)
     x = torch.randn(case.tokens, case.width + 3 * case.strided).to(case.dtype)[:, : case.width].requires_grad_()
     index = torch.rand(case.tokens, case.ways).topk(case.k).indices
-    weight = torch.rand(case.tokens, case.k).requires_grad_()
+    weight = torch.rand(case.tokens, case.k).clamp(min=1e-6).requires_grad_()  # 0 is no choice to the loop
     keep = torch.rand(case.tokens, case.k) < 0.7 if case.routing == "dropped" else None
     routing = SparseRouting.from_choice(index, weight, case.num_experts, keep)
     if case.routing == "no slots":

@@ -79,7 +79,9 @@ def build(case: Case) -> tuple[Experts, Tensor, Tensor, Tensor, Tensor | None]:
     x = torch.randn(case.tokens, size).to(case.dtype)[:, : case.width].requires_grad_()
     index = torch.rand(case.tokens, case.ways).topk(case.k).indices
     exact = torch.promote_types(case.dtype, torch.float32)  # routers compute in float32 at least
-    weight = torch.rand(case.tokens, case.k, dtype=exact).requires_grad_()
+    weight = (
+        torch.rand(case.tokens, case.k, dtype=exact).clamp(min=1e-6).requires_grad_()
+    )  # 0 is no choice to the loop
     return experts, x, weight, index, torch.rand(case.tokens, case.k) < 0.7 if case.drop else None
 
 

@@ -42,9 +42,9 @@ class Backward:
     def run(self) -> dict[str, Tensor]:
         """The gradients that are asked for, by name."""
         call, given = self.call, self.call.given
-        columns = {"x": call.width, "dy": call.width, "h": call.hidden, "dh": call.hidden}
+        columns = {"rows": call.width, "h": call.hidden, "dh": call.hidden, "d_inner": call.inner.columns}
         columns |= {"act": call.hidden if call.activation.gated else 0}
-        columns |= {"inner": 0 if len(self.kept) else call.inner.columns, "d_inner": call.inner.columns}
+        columns |= {"inner": 0 if len(self.kept) else call.inner.columns}
         run_chunks(call.plan.chunks, self.chunk, given.x, columns, call.threads)
         found = self.gradients.found
         if self.need["x"]:
@@ -56,25 +56,25 @@ class Backward:
     def chunk(self, chunk: Chunk, scratch: Scratch) -> None:
         """From the gradient of the chunk's outputs to those of its rows and experts."""
         call = self.call
-        rows = call.rows(chunk, scratch("x", chunk))
-        dy = picked(self.grad, self.source, chunk, scratch("dy", chunk))
         act, h, dh, d_inner = (scratch(name, chunk) for name in ("act", "h", "dh", "d_inner"))
-        inner = self._inner(chunk, rows, scratch)
+        inner = self._inner(chunk, scratch)
+        dy = picked(self.grad, self.source, chunk, scratch("rows", chunk))
         call.activate(chunk, inner, act, h)
         call.outer.multiply_transposed(chunk, dy, dh)
         self._weigh(chunk, dy, h, dh, spare=d_inner[:, : call.hidden])
         self._outer_gradients(chunk, h, dy)
         self._through_activation(chunk, inner, act, dh, d_inner)
+        rows = call.rows(chunk, scratch("rows", chunk))  # where dy was, which is spent
         self._inner_gradients(chunk, rows, d_inner)
         if self.need["x"]:
             call.inner.multiply_transposed(chunk, d_inner, self.grad_rows[chunk.start : chunk.stop])
 
-    def _inner(self, chunk: Chunk, rows: Tensor, scratch: Scratch) -> Tensor:
+    def _inner(self, chunk: Chunk, scratch: Scratch) -> Tensor:
         """The chunk's pre-activations."""
         if len(self.kept):
             return self.kept[chunk.start : chunk.stop]
         inner = scratch("inner", chunk)
-        self.call.inner.multiply(chunk, rows, inner)
+        self.call.inner.multiply(chunk, self.call.rows(chunk, scratch("rows", chunk)), inner)
         return inner
 
     def _weigh(self, chunk: Chunk, dy: Tensor, h: Tensor, dh: Tensor, spare: Tensor) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 CHUNK = 1024  # rows that are gathered and activated together: they stay in the cache between two products
 CHUNKS_PER_THREAD = 8  # at least, where experts are small enough: so that threads end together
 TILE = 32
-BATCH = 2048  # rows of a batched chunk
+BATCH = 2048  # rows of a batched chunk at most: a quarter of all rows, but no fewer than half as many as this
 WASTE = 1 / 8  # of the rows of a batched chunk may be there to make its experts equal
 
 
@@ -177,9 +177,10 @@ def _batched_plan(offsets: Tensor, counts: list[int], rounding: Rounding) -> Pla
     """Experts with the most rows first, those with about as many together."""
     order = sorted((e for e, count in enumerate(counts) if count), key=lambda e: -counts[e])
     chunks, row, number = list[Chunk](), 0, 0
+    most = max(BATCH // 2, min(BATCH, sum(counts) // 4))
     while number < len(order):
         size = rounding(counts[order[number]])
-        together = _about_equal([counts[e] for e in order[number:]], size)
+        together = _about_equal([counts[e] for e in order[number:]], size, most)
         experts = order[number : number + together]
         stop = row + size * together
         chunks.append(Chunk(row, stop, experts, [size] * together, index=torch.tensor(experts)))
@@ -188,10 +189,10 @@ def _batched_plan(offsets: Tensor, counts: list[int], rounding: Rounding) -> Pla
     return Plan(chunks, *_places(offsets, counts, order, sizes), row)
 
 
-def _about_equal(counts: list[int], size: int) -> int:
-    """How many of these falling counts fit a chunk with `size` rows for each and little waste; a power of two."""
+def _about_equal(counts: list[int], size: int, most: int) -> int:
+    """How many of these falling counts fit `most` rows with `size` for each and little waste; a power of two."""
     number = 1
-    while 2 * number <= len(counts) and 2 * number * size <= BATCH:
+    while 2 * number <= len(counts) and 2 * number * size <= most:
         if 2 * number * size > (1 + WASTE) * sum(counts[: 2 * number]):
             break
         number *= 2
