@@ -2,11 +2,13 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from hf.tiny import FAMILIES, tiny_batch, tiny_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
 
@@ -164,6 +166,36 @@ def test_bad_input_is_one_sentence(arguments, message, folder, text, capsys, mon
     assert message in error
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: t.pop("model.layers.1.block_sparse_moe.experts.3.w2.weight"),
+            "lacks 1 of the 18 expert tensors",
+        ),
+        (lambda t: t.pop("model.layers.0.input_layernorm.weight"), "lacks model.layers.0.input_layernorm.weight"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(23)}), "holds model.norm.weight in another shape"),
+    ],
+)
+def test_models_that_are_not_whole_are_refused_by_name(change, message, folder, text, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
+    capsys.readouterr()
+    assert (
+        main(["inspect", str(tmp_path / "model"), "--out", str(tmp_path / "page.html"), "--data", str(text)]) == 2
+    )
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_gguf_is_told_to_be_converted(tmp_path, capsys):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    assert main(["inspect", str(tmp_path / "model.gguf")]) == 2
+    assert "make a folder of it with: moestro convert" in capsys.readouterr().err
 
 
 def test_the_python_of_the_page_runs(capsys):

@@ -16,4 +16,6 @@ def model_folder(path: Path) -> Path:
             return folder
     if not path.exists():
         raise ValueError(f"there is nothing at {path}; pass a model folder or a run such as runs/first-seed0")
+    if path.suffix == ".gguf":
+        raise ValueError(f"{path} is a file; make it a folder: moestro convert {path} FOLDER --to transformers")
     raise ValueError(f"{path} holds no model; a model folder has a config.json, a finished run has one in model/")

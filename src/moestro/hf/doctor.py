@@ -86,7 +86,10 @@ def model_without_weights(folder: str | Path) -> Any:
     except (ValueError, OSError, KeyError) as error:
         raise ValueError(f"{path / 'config.json'} describes no model that transformers knows: {error}") from None
     if hasattr(config, "auto_map"):
-        raise ValueError(f"{path} needs code of its own (auto_map), which moestro does not run")
+        raise ValueError(
+            f"{path / 'config.json'} asks to run code of its own (auto_map); moestro runs none. If "
+            "transformers has this architecture, remove the entry auto_map"
+        )
     name = (config.architectures or ["AutoModelForCausalLM"])[0]
     kind: Any = getattr(transformers, name, None)
     if kind is None:

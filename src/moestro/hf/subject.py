@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from moestro.balance import RoutingLog
 from moestro.hf.doctor import model_without_weights
 from moestro.hf.families import FoundLayer, find_layers
-from moestro.hf.layouts import StockFolder
+from moestro.hf.layouts import FAMILIES, StockFolder, find_banks
 from moestro.hf.watch import watch
 from moestro.layers import MoE
 from moestro.models import DecoderLM, load_model
@@ -160,12 +161,15 @@ def open_subject(folder: str | Path) -> Subject:
     """Open a folder of transformers, or one that moestro saved, on the CPU.
 
     Raises:
-        ValueError: pickles, code, a cut file, a dense or unknown model, or one larger than the free memory.
+        ValueError: pickles, code, a cut file, a tensor that is missing or mis-shaped, a dense or unknown model, or
+            one larger than the free memory.
     """
     path = Path(folder)
     with StockFolder(path) as stock:  # refuses what is not safe or not whole
         needed = sum(entry.nbytes for entry in stock.tensors.values())
         own = stock.model_type == "moestro"
+        if stock.model_type in FAMILIES:
+            find_banks(stock, FAMILIES[stock.model_type])  # says which expert is missing
     free = free_memory()
     if free is not None and needed * ROOM > free:
         raise ValueError(
@@ -179,8 +183,29 @@ def open_subject(folder: str | Path) -> Subject:
     find_layers(model_without_weights(path))  # a dense or unknown model is refused before its weights are read
     config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
     kind = getattr(transformers, (config.architectures or ["AutoModelForCausalLM"])[0])
-    model = kind.from_pretrained(path, local_files_only=True, use_safetensors=True, dtype="auto")
+    safely = {"local_files_only": True, "use_safetensors": True, "ignore_mismatched_sizes": True}
+    with _quietly():  # what it would print is said below, or is no matter of the reader's
+        model, info = kind.from_pretrained(path, dtype="auto", output_loading_info=True, **safely)
+    missing = sorted(info["missing_keys"])
+    misfit = sorted(entry if isinstance(entry, str) else entry[0] for entry in info["mismatched_keys"])
+    if missing:
+        raise ValueError(f"{path} lacks {missing[0]}; its weights are not complete")
+    if misfit:
+        raise ValueError(f"{path} holds {misfit[0]} in another shape than config.json describes")
     return StockSubject(model.eval())
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the reports of transformers about what it loads."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def run_every_expert(layer: FoundLayer, x: Tensor) -> Tensor:
