@@ -195,7 +195,7 @@ def test_models_that_are_not_whole_are_refused_by_name(change, message, folder, 
 def test_a_gguf_is_told_to_be_converted(tmp_path, capsys):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     assert main(["inspect", str(tmp_path / "model.gguf")]) == 2
-    assert "make a folder of it with: moestro convert" in capsys.readouterr().err
+    assert "make it a folder: moestro convert" in capsys.readouterr().err
 
 
 def test_the_python_of_the_page_runs(capsys):
