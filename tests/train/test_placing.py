@@ -1,5 +1,7 @@
 """Experts that change their process while a run trains change nothing else."""
 
+import json
+
 import pytest
 import torch
 from oracles.entry import entry
@@ -7,6 +9,7 @@ from oracles.placed_runs import GREEDY, OTHERS, alone_from_the_middle, placed_re
 from oracles.ranks import run_ranks
 from safetensors.torch import load_file
 
+from moestro.inspect import write_report
 from moestro.parallel import MeshShape
 from moestro.train import dump_recipe, load_recipe, train_run
 from moestro.train.build import build_model, mesh_shape
@@ -38,7 +41,9 @@ def weights(run):
 
 
 def moves(run):
-    return [event for event in read_lines(run / "events.jsonl") if event["event"] == "placement"]
+    """What moved, step by step and layer by layer."""
+    events = [event for event in read_lines(run / "events.jsonl") if event["event"] == "placement"]
+    return [{"step": event["step"], **layer} for event in events for layer in event["layers"]]
 
 
 @entry("smartmoe", "eplb")
@@ -104,6 +109,21 @@ def test_a_run_says_what_moved_and_what_that_gains(folder, said):
     for event in moves(folder / "greedy"):
         assert 1 <= event["after"] <= event["before"]
         assert event["bytes"] == event["moved"] * 3 * 16 * 16 * 8 * 3  # weights and two moments
+
+
+def test_the_result_and_the_report_say_what_moved(folder, said):
+    result = json.loads((folder / "greedy" / "result.json").read_text())["placement"]
+    events = moves(folder / "greedy")
+    assert result == {
+        "decisions": len({event["step"] for event in events}),
+        "moved": sum(event["moved"] for event in events),
+        "bytes": sum(event["bytes"] for event in events),
+    }
+    assert "placement" not in json.loads((folder / "order" / "result.json").read_text())
+    pytest.importorskip("plotly")
+    page = write_report(folder / "greedy").read_text()
+    assert f"{result['moved']} experts changed their process" in page
+    assert "changed their process" not in write_report(folder / "order").read_text()
 
 
 def refusal(recipe, shape):

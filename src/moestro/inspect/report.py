@@ -10,6 +10,7 @@ from typing import Any
 from moestro.inspect import page, pictures, story
 from moestro.inspect.history import LayerHistory, histories, use_validation_load
 from moestro.inspect.likes import layer_likes
+from moestro.inspect.moved import MovedExperts, moved_experts
 from moestro.inspect.page import write_whole
 from moestro.inspect.runfolder import RunFolder, read_run, series
 
@@ -40,6 +41,7 @@ def render(run: RunFolder) -> str:
     domains, likes = layer_likes(run.specialisation)
     most = max((share for layer in likes for row in layer.by_domain for share in row), default=0.0) or 1.0
     on_validation = use_validation_load(layers, {of.name: [e.share for e in of.experts] for of in likes})
+    moved = moved_experts(layers, run.events)
     last_record = max((layer.steps[-1] for layer in layers), default=0)
     return page.render(
         "report.html.j2",
@@ -60,6 +62,8 @@ def render(run: RunFolder) -> str:
         margin=_lines(layers, "margin", "probability"),
         dropped=_lines(layers, "dropped", "share"),
         drops_recorded=any("dropped" in layer.curves for layer in layers),
+        moved=moved,
+        moved_picture=_moved_picture(moved) if moved is not None else None,
         domains=domains,
         likes=[(layer, _domain_picture(layer.by_domain, domains, most)) for layer in likes],
         best=max((layer for layer in likes if layer.information is not None), default=None, key=_information),
@@ -112,6 +116,11 @@ def _load(layer: LayerHistory) -> dict[str, Any]:
         "over_time": pictures.load_over_time(layer.steps, layer.loads),
         "final": pictures.final_load(layer.final, layer.dead),
     }
+
+
+def _moved_picture(moved: MovedExperts) -> dict[str, Any]:
+    curves = {"as it was": (moved.steps, moved.placed), "had none moved": (moved.steps, moved.in_order)}
+    return pictures.lines_per_layer(curves, "busiest process / mean")
 
 
 def _lines(

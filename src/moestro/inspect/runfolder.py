@@ -22,6 +22,7 @@ class RunFolder:
         path: the folder.
         recipe: resolved recipe; `recipe_text` is the file as written.
         metrics, evaluations, routing: records with an integer `step`, one per step, in order of the steps.
+        events: records of what happened besides, several per step perhaps.
         result: content of result.json.
         specialisation: content of specialisation.json.
         twin: the dense twin's files, None where the run has none.
@@ -34,6 +35,7 @@ class RunFolder:
     metrics: list[dict[str, Any]] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     routing: list[dict[str, Any]] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
     result: Mapping[str, Any] = field(default_factory=dict)
     specialisation: Mapping[str, Any] = field(default_factory=dict)
     twin: RunFolder | None = None
@@ -59,6 +61,7 @@ def _read(path: Path, twin: Path | None) -> RunFolder:
         metrics=_records(path / "metrics.jsonl", problems),
         evaluations=_records(path / "evaluations.jsonl", problems),
         routing=_records(path / "routing.jsonl", problems),
+        events=_every_record(path / "events.jsonl", problems),
         result=_json(path / "result.json", problems),
         specialisation=_json(path / "specialisation.json", problems),
         twin=other,
@@ -121,19 +124,25 @@ def _yaml(path: Path, text: str, problems: list[str]) -> Mapping[str, Any]:
 
 
 def _records(path: Path, problems: list[str]) -> list[dict[str, Any]]:
-    """One record per step, the last one written; a torn last line is how an interruption looks."""
+    """One record per step, the last one written."""
+    by_step = {record["step"]: record for record in _every_record(path, problems)}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _every_record(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+    """The records as they were written; a torn last line is how an interruption looks."""
     lines = _text(path, problems).split("\n")
-    by_step: dict[int, dict[str, Any]] = {}
+    records: list[dict[str, Any]] = []
     damaged = 0
     for last, record in _parsed(lines):
         step = record.get("step") if isinstance(record, dict) else None
         if isinstance(step, int) and not isinstance(step, bool):
-            by_step[step] = record
+            records.append(record)
         elif not last:
             damaged += 1
     if damaged:
         problems.append(f"{_name(path)}: {damaged} unreadable line(s) were left out.")
-    return [by_step[step] for step in sorted(by_step)]
+    return records
 
 
 def _parsed(lines: list[str]) -> Iterator[tuple[bool, Any]]:

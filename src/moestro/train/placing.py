@@ -69,8 +69,8 @@ def found(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(GROUP): tensors[name] for name in tensors if name.startswith(GROUP)}
 
 
-def events_of(moved: Mapping[str, Replaced]) -> list[dict[str, Any]]:
-    """One line of events.jsonl for each layer whose experts moved."""
+def layers_of(moved: Mapping[str, Replaced]) -> list[dict[str, Any]]:
+    """What events.jsonl says of each layer whose experts moved."""
     return [
         {
             "layer": layer,
@@ -103,7 +103,7 @@ def summary_of(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What moved in the whole run, for result.json; empty where nothing could."""
     moves = [event for event in events if event["event"] == "placement"]
     return {
-        "decisions": len({event["step"] for event in moves}),
-        "moved": sum(event["moved"] for event in moves),
-        "bytes": sum(event["bytes"] for event in moves),
+        "decisions": len(moves),
+        "moved": sum(layer["moved"] for event in moves for layer in event["layers"]),
+        "bytes": sum(layer["bytes"] for event in moves for layer in event["layers"]),
     }

@@ -22,7 +22,7 @@ from moestro.train.interrupt import StopRequested
 from moestro.train.learner import Learner
 from moestro.train.optimiser import set_learning_rate
 from moestro.train.outcome import write_outcome
-from moestro.train.placing import events_of, in_words
+from moestro.train.placing import in_words, layers_of
 from moestro.train.records import Records, metrics_of, seconds_of
 from moestro.train.schedule import schedule
 from moestro.train.seeds import seed_everything, stream
@@ -148,9 +148,8 @@ class Training:
         """Let experts change their process, if this step decides so, and say what moved."""
         learner = self.learner
         moved = {} if learner.rebalancer is None else learner.rebalancer.step(learner.optimiser)
-        for event in events_of(moved):
-            self.records.event(learner.step, "placement", **event)
         if moved:
+            self.records.event(learner.step, "placement", layers=layers_of(moved))
             self.around.progress.say(f"{learner.name} step {learner.step}: {in_words(moved)}")
 
     def _evaluation_due(self) -> bool:
