@@ -1,6 +1,6 @@
 """One language model of random weights in moestro, transformers or llama.cpp, in a process of its own.
 
-    python benchmarks/contenders.py moestro|transformers|llama BITS THREADS PROMPT NEW FOLDER
+    python benchmarks/contenders.py moestro|moestro-torch|transformers|llama BITS THREADS PROMPT NEW FOLDER
 
 builds it, prints a line `ready`, and then, for every line on its input, prefills a prompt, generates greedily and
 prints a line of JSON with tokens per second. All three hold the same weights, in as many bits: 16 (bfloat16), 8
@@ -66,20 +66,25 @@ class Weights:
         return self("output", VOCAB, WIDTH)
 
 
-def moestro(bits: int, length: int, folder: Path) -> Run:
+def moestro(bits: int, length: int, folder: Path, steps: str = "compiled") -> Run:
     from moestro.inference import CachedReader, lay_out_for_decoding, quantise_model
 
     model = our_model(length)
-    lay_out_for_decoding(model)
+    lay_out_for_decoding(model, steps)
     if bits < 16:
         for error in quantise_model(model, bits):
             print(error, file=sys.stderr)
 
     def run(prompt: list[int], count: int) -> dict[str, float]:
-        reader = CachedReader(model, length)
+        reader = CachedReader(model, length, steps=steps)
         return timed(lambda tokens: reader(tokens.flatten()).argmax().view(1, 1), prompt, count)
 
     return run
+
+
+def moestro_torch(bits: int, length: int, folder: Path) -> Run:
+    """Without numba: steps of torch's operators."""
+    return moestro(bits, length, folder, steps="torch")
 
 
 def our_model(length: int) -> Any:
@@ -278,7 +283,7 @@ def _add_vocabulary(writer: Any) -> None:
     writer.add_add_bos_token(False)
 
 
-CONTENDERS = {"moestro": moestro, "transformers": transformers, "llama": llama}
+CONTENDERS = {"moestro": moestro, "moestro-torch": moestro_torch, "transformers": transformers, "llama": llama}
 
 
 def main() -> None:

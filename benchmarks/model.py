@@ -4,9 +4,10 @@ The model has 12 layers of width 1024 with 64 experts of 512, 8 per token, and 8
 
 1. `decode`: one token through the experts that it chose of a bank. `of_dense` is the bandwidth at which they are
    read, as a share of what one dense matrix-vector product of the same bytes reaches by the same library, in turn
-   with it; every round takes other experts of another layer, so that no cache holds them.
+   with it; every round takes other experts of another layer, so that no cache holds them. Both by compiled steps
+   (numba), and by torch's operators.
 2. `generate`: prefill of a prompt and greedy decoding, each contender in a process of its own, in turns, in 16, 8
-   and 4 bits; transformers only in bfloat16.
+   and 4 bits; transformers only in bfloat16. `moestro-torch` decodes without numba.
 
     python benchmarks/model.py [--threads 2] [--repeat 3] [--prompt 512] [--new 32] [--bits 16,8,4] [--folder DIR]
 
@@ -24,41 +25,57 @@ from copy import deepcopy
 from itertools import cycle
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from contenders import EXPERTS, HIDDEN, TOP_K, WIDTH
 from harness import Report, interleaved, parse, peer
 
-from moestro.experts import GLU, Experts, quantise, quantise_linear, run_chosen
+from moestro.experts import GLU, quantise, quantise_linear, run_chosen
 from moestro.inference import lay_out_for_decoding
 from moestro.inference.single_row import as_map
 
 COPIES = 6  # banks in turn: together far larger than any cache
 
 
-def decode(report: Report, bits: int) -> None:
-    """Add the row of one bank at one token."""
+def decode(report: Report, bits: int, steps: str) -> None:
+    """Add the row of one bank at one token, by `torch`'s operators or by `compiled` steps."""
     with torch.no_grad():
-        bank: Experts = GLU(EXPERTS, WIDTH, HIDDEN).bfloat16().eval()
-        linear: torch.nn.Module = torch.nn.Linear(WIDTH, 3 * HIDDEN * TOP_K, bias=False).bfloat16()
+        bank: Any = GLU(EXPERTS, WIDTH, HIDDEN).bfloat16().eval()
+        linear: Any = torch.nn.Linear(WIDTH, 3 * HIDDEN * TOP_K, bias=False).bfloat16()
         if bits < 16:
             bank, linear = quantise(bank, bits)[0], quantise_linear(linear, bits)[0]
         experts, dense = ([deepcopy(module) for _ in range(COPIES)] for module in (bank, linear))
-    for module in dense:
-        lay_out_for_decoding(module)
-    maps = cycle([as_map(module, torch.bfloat16) for module in dense])
-    row, weight, turn = torch.randn(1, WIDTH).bfloat16(), torch.rand(1, TOP_K), cycle(experts)
-    chosen = cycle([torch.rand(EXPERTS).topk(TOP_K).indices.tolist() for _ in range(31)])
-    steps = {
-        "experts": lambda: run_chosen(next(turn), row, next(chosen), weight),
-        "dense": lambda: next(maps)(row),
-    }
+    chosen = cycle([torch.rand(EXPERTS).topk(TOP_K).indices for _ in range(31)])
+    row, weight = torch.randn(1, WIDTH), torch.rand(1, TOP_K)
+    for module in (*experts, *dense):
+        lay_out_for_decoding(module, steps)
+    if steps == "compiled":
+        from moestro.experts.compiled import CompiledBank
+        from moestro.inference.compiled_step import CompiledMap
+
+        banks, maps = cycle(list(map(CompiledBank, experts))), cycle(list(map(CompiledMap, dense)))
+        competing = {
+            "experts": lambda: next(banks)(row, next(chosen), weight, row),
+            "dense": lambda: next(maps)(row),
+        }
+    else:
+        turn, maps, short = (
+            cycle(experts),
+            cycle([as_map(module, torch.bfloat16) for module in dense]),
+            row.bfloat16(),
+        )
+        competing = {
+            "experts": lambda: run_chosen(next(turn), short, next(chosen).tolist(), weight),
+            "dense": lambda: next(maps)(short),
+        }
     with torch.inference_mode():
-        seconds = interleaved(steps, 40 * report.repeat, warm_up=10)
+        seconds = interleaved(competing, 40 * report.repeat, warm_up=10)
     num_bytes = 3 * WIDTH * HIDDEN * TOP_K * bits / 8
     report.add(
         bits=bits,
+        steps=steps,
         experts_us=1e6 * seconds["experts"],
         dense_us=1e6 * seconds["dense"],
         experts_GB_s=num_bytes / seconds["experts"] / 1e9,
@@ -105,7 +122,7 @@ class Contender:
 
 def generate(report: Report, bits: int, folder: str) -> None:
     """Add the row of the whole model in so many bits."""
-    names = ["moestro"]
+    names = ["moestro", "moestro-torch"] if peer("numba", "compiled steps") else ["moestro-torch"]
     if peer("xllamacpp") and peer("gguf", "llama.cpp's rows"):
         names.append("llama")
     if bits == 16 and peer("transformers"):
@@ -119,10 +136,11 @@ def generate(report: Report, bits: int, folder: str) -> None:
     row: dict[str, object] = {"bits": bits}
     for what in ("decode", "prefill"):
         speed = {name: median(answers[name][what] for answers in rounds) for name in names}
-        row[what] = speed["moestro"]
-        for name in ("llama", "transformers"):
+        best = speed.get("moestro", speed["moestro-torch"])
+        row[what] = best
+        for name in ("moestro-torch", "llama", "transformers"):
             row[f"{name}_{what}"] = speed.get(name)
-        row[f"{what}_vs_llama"] = speed["moestro"] / speed["llama"] if "llama" in speed else None
+        row[f"{what}_vs_llama"] = best / speed["llama"] if "llama" in speed else None
     report.add(**row)
 
 
@@ -141,7 +159,8 @@ def main() -> None:
     print(f"a long dense product reads {read_speed() / 1e9:.1f} GB/s")
     if "decode" in arguments.only:
         for bits in widths:
-            decode(report, bits)
+            for steps in ("compiled", "torch") if peer("numba", "compiled steps") else ("torch",):
+                decode(report, bits, steps)
     if "generate" in arguments.only:
         with tempfile.TemporaryDirectory() as temporary:
             for bits in widths:

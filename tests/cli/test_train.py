@@ -103,9 +103,21 @@ def test_another_run_is_not_overwritten(run, home, capsys):
 @pytest.mark.parametrize("folder", [".", "model"])
 def test_generate_takes_a_run_or_a_model_folder(folder, run, capsys):
     assert main(["generate", str(run / folder), "a quick", "--max-new-tokens", "8"]) == 0
-    text = capsys.readouterr().out
+    text, said = capsys.readouterr()
     assert text.startswith("a quick")
     assert text.endswith("\n")
+    assert said.startswith("decoding by ")
+
+
+def test_generate_takes_the_steps_that_one_asks_for(run, capsys):
+    texts = set()
+    for steps in ("torch", "auto"):
+        assert main(["generate", str(run), "a quick", "--max-new-tokens", "8", "--steps", steps]) == 0
+        text, said = capsys.readouterr()
+        texts.add(text)
+        assert steps != "torch" or said == "decoding by torch's operators\n"
+    assert len(texts) == 1
+    assert main(["generate", str(run), "a quick", "--steps", "fast"]) == 2
 
 
 def test_generate_draws_by_seed(run, capsys):

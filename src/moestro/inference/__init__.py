@@ -1,5 +1,7 @@
 """Using a trained model: generation and evaluation."""
 
+from moestro.inference.choose_steps import choose_steps, compile_steps
+from moestro.inference.decoding import plan_decoding
 from moestro.inference.evaluate import Evaluation, evaluate
 from moestro.inference.generation import check_generation, generate
 from moestro.inference.quantise import quantise_model
@@ -13,8 +15,11 @@ __all__ = [
     "Sampler",
     "WholeReader",
     "check_generation",
+    "choose_steps",
+    "compile_steps",
     "evaluate",
     "generate",
     "lay_out_for_decoding",
+    "plan_decoding",
     "quantise_model",
 ]

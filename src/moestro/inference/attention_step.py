@@ -39,17 +39,16 @@ class CachedAttention:
             attention.head_dim,
         )
         self.rotated = self.num_heads + self.num_kv_heads
-        self.keys, self.values = _by_head(cache.first, cache.length), _by_head(cache.second, cache.length)
-        self.full_norms = None
-        weight = torch.ones(self.rotated, self.dim)
+        self.keys, self.values = by_head(cache.first, cache.length), by_head(cache.second, cache.length)
+        self.full_eps = None
         if attention.qk_norm == "full":
-            self.full_norms = Norm(attention.query_norm), Norm(attention.key_norm)
+            full: list[Any] = [attention.query_norm, attention.key_norm]
+            self.full_eps = [norm.eps for norm in full]
         self.eps = None
         if attention.qk_norm == "head":
-            parts: list[Any] = [attention.query_norm] * self.num_heads + [attention.key_norm] * self.num_kv_heads
-            weight = torch.stack([norm.weight.detach().float() for norm in parts])
-            self.eps = torch.tensor([[norm.eps] for norm in parts])
-        weight[: self.num_heads] *= attention.scale or self.dim**-0.5  # the scale of the scores
+            norms: list[Any] = [attention.query_norm] * self.num_heads + [attention.key_norm] * self.num_kv_heads
+            self.eps = torch.tensor([[norm.eps] for norm in norms])
+        weight = head_weights(attention)
         first, second = weight.chunk(2, dim=1)
         self.weight, self.swapped = weight, torch.cat([-second, first], dim=1)
 
@@ -70,11 +69,10 @@ class CachedAttention:
         if self.eps is not None:
             size = torch.linalg.vector_norm(heads, dim=1, keepdim=True)
             return heads * torch.addcmul(self.eps, size, size, value=1 / self.dim).rsqrt_()
-        if self.full_norms is None:
+        if self.full_eps is None:
             return heads
-        parts = heads.reshape(1, -1).split([self.num_heads * self.dim, self.num_kv_heads * self.dim], dim=1)
-        norms = zip(self.full_norms, parts, strict=True)
-        return torch.cat([norm(part) for norm, part in norms], dim=1).view(-1, self.dim)
+        parts = heads.split([self.num_heads, self.num_kv_heads])
+        return torch.cat([part * _scale(part, eps) for part, eps in zip(parts, self.full_eps, strict=True)])
 
     def _rotate(self, heads: Tensor, moment: Moment) -> Tensor:
         """`rotate_halves`, each head times its norm's weight before."""
@@ -98,9 +96,31 @@ class ModuleAttention:
         return x + self.attention(row, moment.rotary, None, self.cache)[0]
 
 
-def _by_head(stored: Tensor, length: int) -> Tensor:
-    """`[1, positions, heads, dim]` of any dtype -> `[heads, positions, dim]` float32, zero behind `length`."""
+def _scale(x: Tensor, eps: float) -> float:
+    """One over the root mean square of all numbers."""
+    row = x.reshape(-1)
+    scale: float = (torch.dot(row, row).item() / len(row) + eps) ** -0.5
+    return scale
+
+
+def head_weights(attention: GroupedQueryAttention) -> Tensor:
+    """Weights of the norms of queries and keys, ones without; those of queries times the scale of the scores.
+
+    Shapes: `[heads + kv_heads, dim]` float32.
+    """
+    num_heads, num_kv_heads, dim = attention.num_heads, attention.num_kv_heads, attention.head_dim
+    weight = torch.ones(num_heads + num_kv_heads, dim)
+    if attention.qk_norm != "none":
+        norms: list[Any] = [attention.query_norm, attention.key_norm]
+        query, key = (norm.weight.detach().float().view(-1, dim) for norm in norms)
+        weight[:num_heads], weight[num_heads:] = query, key
+    weight[:num_heads] *= attention.scale or dim**-0.5
+    return weight
+
+
+def by_head(stored: Tensor, length: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`[1, positions, heads, dim]` of any dtype -> `[heads, positions, dim]`, zero behind `length`."""
     _, positions, heads, dim = stored.shape
-    result = torch.zeros(heads, positions, dim)
+    result = torch.zeros(heads, positions, dim, dtype=dtype)
     result[:, :length] = stored[0, :length].transpose(0, 1)
     return result

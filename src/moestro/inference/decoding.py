@@ -11,19 +11,16 @@ The numbers are those of the model's own forward pass up to rounding, of which t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
-from moestro.inference.attention_step import CachedAttention, ModuleAttention
-from moestro.inference.feed_forward_step import MixtureStep, ModuleStep, routes_plainly
+from moestro.inference.choose_steps import choose_steps
 from moestro.inference.moment import Moment
-from moestro.inference.single_row import Norm, as_map
-from moestro.models import DecoderLM, GroupedQueryAttention, KeyValueCache
+from moestro.inference.single_row import Norm
+from moestro.inference.steps import STEPS, CompiledSteps, Step
+from moestro.kernels.compiled import why_not
+from moestro.models import DecoderLM, KeyValueCache
 from moestro.models.norm import RMSNorm
-
-Step = Callable[[Tensor, Moment], Tensor]
 
 
 class Decoder:
@@ -33,22 +30,23 @@ class Decoder:
         model: one that `suits_decoder`.
         cache: of one sequence, as the model filled it; what it stores is taken over.
         domain: source or language of the text, for methods that route by it.
+        steps: "torch", "compiled", or "auto" for the latter where it can be had.
+
+    Raises:
+        ValueError: compiled steps where there are none, with the reason.
 
     Shapes: a token id -> logits of the next `[vocab_size]`.
     """
 
-    def __init__(self, model: DecoderLM, cache: KeyValueCache, domain: int | None = None) -> None:
+    def __init__(
+        self, model: DecoderLM, cache: KeyValueCache, domain: int | None = None, steps: str = "torch"
+    ) -> None:
         self.model, self.domain, self.length = model, domain, cache.length
-        dtype = model.embedding.weight.dtype
-        self.norm, self.head = Norm(model.norm), as_map(model.head, dtype)
-        mixtures = [block.moe for block in model.blocks if block.moe is not None]
-        # all or none: a router that reads the decision of the layer before needs that there is one
-        mixture = MixtureStep if all(map(routes_plainly, mixtures)) else ModuleStep
+        maker = STEPS[choose_steps(steps)](model)
+        self.norm, self.head = Norm(model.norm), maker.map(model.head)
         self.steps: list[Step] = []
         for block, memory in zip(model.blocks, cache.layers, strict=True):
-            short = type(block.attention) is GroupedQueryAttention and block.attention.plain
-            self.steps.append((CachedAttention if short else ModuleAttention)(block, memory, dtype))
-            self.steps.append((ModuleStep if block.moe is None else mixture)(block, dtype))
+            self.steps += [maker.attention(block, memory), maker.feed_forward(block)]
 
     @torch.inference_mode()
     def __call__(self, token: int) -> Tensor:
@@ -57,7 +55,31 @@ class Decoder:
         for step in self.steps:
             x = step(x, moment)
         self.length += 1
-        return self.head(self.norm(x))[0]
+        return self.head(self.norm(x))[0].clone()
+
+
+def plan_decoding(model: DecoderLM, steps: str = "auto") -> str:
+    """How `generate` will find one token after another, in words.
+
+    Args:
+        model: the language model.
+        steps: as `generate` takes them.
+
+    Raises:
+        ValueError: compiled steps where there are none, with the reason.
+    """
+    kind = choose_steps(steps)
+    if not model.cacheable:
+        return "the whole text again for every token, since a router looks at earlier ones"
+    if not suits_decoder(model):
+        return "the model's own forward pass"
+    if kind == "torch":
+        reason = why_not() if steps == "auto" else None
+        return "torch's operators" + (f" ({reason})" if reason else "")
+    makers, blocks = CompiledSteps(model), list(model.blocks)
+    compiled = sum(makers.compiles_attention(block) + makers.compiles_feed_forward(block) for block in blocks)
+    rest = "" if compiled == 2 * len(blocks) else ", torch's operators for the others"
+    return f"compiled steps for {compiled} of {2 * len(blocks)} half layers{rest}"
 
 
 def suits_decoder(model: DecoderLM) -> bool:

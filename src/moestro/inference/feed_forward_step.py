@@ -13,7 +13,7 @@ from moestro.inference.moment import Moment
 from moestro.inference.single_row import Norm, as_map
 from moestro.layers import MoE
 from moestro.models import Block
-from moestro.routers import TokenChoice
+from moestro.routers import Router, TokenChoice
 from moestro.routers.capacities import Dropless
 from moestro.routers.scorers import Biased, InputJitter, Linear
 from moestro.routers.selects import BiasedSelection, GroupLimitedTopK, TopK
@@ -46,28 +46,38 @@ class MixtureStep:
 
     def __init__(self, block: Block, dtype: torch.dtype) -> None:
         assert block.moe is not None
-        assert isinstance(block.moe.router, TokenChoice)
-        self.norm, self.router, self.experts = Norm(block.ffn_norm), block.moe.router, block.moe.experts
+        self.norm, self.choice, self.experts = Norm(block.ffn_norm), Choice(block.moe.router), block.moe.experts
         self.shared = None if block.moe.shared is None else as_map(block.moe.shared, dtype)
         self.dtype = dtype
-        scorer = self.router.scorer
-        self.scorer = scorer.weight.detach().float() if type(scorer) is Linear else None
 
     def __call__(self, x: Tensor, moment: Moment) -> Tensor:
         row = self.norm(x)
-        index, weight = self._choose(row)
+        index, weight = self.choice(row)
         if self.shared is not None:
             x = x + self.shared(row)
-        return x + run_chosen(self.experts, row.to(self.dtype), index, weight)
+        return x + run_chosen(self.experts, row.to(self.dtype), index.tolist(), weight)
 
-    def _choose(self, row: Tensor) -> tuple[list[int], Tensor]:
-        """The experts and, `[1, chosen]`, their weights."""
+
+class Choice:
+    """The experts that a row goes to.
+
+    Args:
+        router: of a mixture that `routes_plainly`.
+
+    Shapes: row `[1, width]` float32 -> experts `[chosen]` int64 and their weights `[1, chosen]`.
+    """
+
+    def __init__(self, router: Router) -> None:
+        assert isinstance(router, TokenChoice)
+        self.router, scorer = router, router.scorer
+        self.scorer = scorer.weight.detach().float() if type(scorer) is Linear else None
+
+    def __call__(self, row: Tensor) -> tuple[Tensor, Tensor]:
         router = self.router
         logits = router.scorer(row) if self.scorer is None else F.linear(row, self.scorer)
         probs = router.gate(logits)
         chosen = router.select(probs)
-        index: list[int] = chosen.index[0].tolist()
-        return index, router.weigh(logits, probs, chosen)
+        return chosen.index[0], router.weigh(logits, probs, chosen)
 
 
 class ModuleStep:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from moestro.inference.choose_steps import choose_steps
 from moestro.inference.readers import CachedReader, WholeReader
 from moestro.inference.sampler import Sampler
 from moestro.layers import MoE
@@ -24,6 +25,7 @@ def generate(
     cache: bool = True,
     stop: Collection[int] = (),
     domain: int | None = None,
+    steps: str = "auto",
 ) -> Iterator[int]:
     """Continue a prompt; tokens come as soon as they are known.
 
@@ -40,16 +42,19 @@ def generate(
             come out, except with methods that drop tokens over capacity: one new token at a time never exceeds it.
         stop: token ids that end the text; the one that did is not returned.
         domain: source or language of the text; for methods that route by it.
+        steps: of decoding: "torch", "compiled", or "auto" for the latter where it can be had; `plan_decoding` says
+            what that comes to. Compiled steps take a while the first time on a machine, see `compile_steps`.
 
     Raises:
-        ValueError: an empty prompt, ids outside the vocabulary, more tokens than the model has positions, or a
-            model that cannot generate.
+        ValueError: an empty prompt, ids outside the vocabulary, more tokens than the model has positions, a
+            model that cannot generate, or compiled steps where there are none.
     """
     prompt = torch.as_tensor(tokens, dtype=torch.long, device=model.embedding.weight.device).flatten()
     _check(model, prompt, max_new_tokens)
+    steps = choose_steps(steps)
     reader: CachedReader | WholeReader = WholeReader(model, domain)
     if cache and model.cacheable:
-        reader = CachedReader(model, len(prompt) + max_new_tokens, domain)
+        reader = CachedReader(model, len(prompt) + max_new_tokens, domain, steps)
     return _stream(reader, prompt, max_new_tokens, Sampler(temperature, top_p, seed), frozenset(stop))
 
 

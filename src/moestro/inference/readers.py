@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moestro.inference.choose_steps import choose_steps
 from moestro.inference.decoding import Decoder, suits_decoder
 from moestro.models import DecoderLM, KeyValueCache
 
@@ -20,11 +21,16 @@ class CachedReader:
         max_length: tokens to make room for.
         domain: source or language of the text, for methods that route by it.
 
+        steps: of the decoder: "torch", "compiled", or "auto" for the latter where it can be had.
+
+    Raises:
+        ValueError: compiled steps where there are none.
+
     Shapes: new tokens `[new]` -> logits after the last one `[vocab_size]`.
     """
 
-    def __init__(self, model: DecoderLM, max_length: int, domain: int | None = None) -> None:
-        self.model, self.domain = model, domain
+    def __init__(self, model: DecoderLM, max_length: int, domain: int | None = None, steps: str = "auto") -> None:
+        self.model, self.domain, self.steps = model, domain, choose_steps(steps)
         self.memory = model.new_cache(1, max_length)
         self.decoder: Decoder | None = None
 
@@ -36,7 +42,7 @@ class CachedReader:
             raise ValueError(f"{len(tokens)} tokens at once after the beginning; pass them one by one")
         logits = _read(self.model, tokens, self.domain, self.memory)
         if suits_decoder(self.model):
-            self.decoder = Decoder(self.model, self.memory, self.domain)
+            self.decoder = Decoder(self.model, self.memory, self.domain, self.steps)
             del self.memory  # the decoder has its own
         return logits
 

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moestro.experts import QuantisedLinear
+from moestro.experts import GLU, MLP, QuantisedLinear
+from moestro.inference.choose_steps import choose_steps
 from moestro.models.norm import RMSNorm
 
 Map = Callable[[Tensor], Tensor]
@@ -43,21 +44,35 @@ def as_map(module: nn.Module, dtype: torch.dtype) -> Map:
     return lambda row: F.linear(row.to(weight.dtype), weight, bias)
 
 
-def lay_out_for_decoding(model: nn.Module) -> None:
-    """Lay the matrices of linear maps out input by input, in place: values, shapes and names stay as they are.
+def lay_out_for_decoding(model: nn.Module, steps: str = "auto") -> None:
+    """Lay matrices out as steps of decoding read them fastest, in place: values, shapes and names stay as they are.
 
-    A bfloat16 product of one row then reads memory at 42 instead of 21 GB/s (2 threads, see `benchmarks/model.py`).
-    A head that shares its matrix with the embedding is left alone, since the embedding reads whole rows.
+    torch's operators want bfloat16 maps input by input: one row then reads memory at 42 instead of 21 GB/s (2
+    threads, see `benchmarks/model.py`). Compiled steps read maps as they are, and want stacks of experts output by
+    output: 66 instead of 41 GB/s. A head that shares its matrix with the embedding is left alone, since the
+    embedding reads whole rows.
 
     Args:
-        model: on a CPU; only its bfloat16 maps are touched.
+        model: on a CPU; only bfloat16 maps, and float32 or bfloat16 stacks, are touched.
+        steps: as `generate` takes them.
+
+    Raises:
+        ValueError: compiled steps where there are none.
     """
+    compiled = choose_steps(steps) == "compiled"
     tables = {module.weight.data_ptr() for module in model.modules() if isinstance(module, nn.Embedding)}
     for module in model.modules():
-        if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16:
-            weight = module.weight
-            if weight.data_ptr() not in tables and not weight.t().is_contiguous():
-                weight.data = weight.data.t().contiguous().t()
+        if compiled and type(module) in (GLU, MLP):
+            for name in ("gate", "up", "down"):
+                _turn(getattr(module, name, None))
+        elif not compiled and type(module) is nn.Linear and module.weight.dtype == torch.bfloat16:
+            _turn(None if module.weight.data_ptr() in tables else module.weight)
+
+
+def _turn(weight: Tensor | None) -> None:
+    """The memory of the last two dimensions changes places, if it has not yet."""
+    if weight is not None and weight.device.type == "cpu" and not weight.mT.is_contiguous():
+        weight.data = weight.data.mT.contiguous().mT
 
 
 class _Columns:

@@ -1,0 +1,148 @@
+"""The steps of decoding as compiled calls, one for attention and one for experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moestro.experts import QuantisedLinear
+from moestro.experts.compiled import CompiledBank, stack_matrix, suits_compiled
+from moestro.inference.attention_step import by_head, head_weights
+from moestro.inference.feed_forward_step import Choice
+from moestro.inference.moment import Moment
+from moestro.inference.single_row import Norm, as_map
+from moestro.models import Block, GroupedQueryAttention
+from moestro.models.cache import LayerCache
+
+
+def linear_matrix(module: nn.Module) -> Any:
+    """The matrix of a linear map as compiled steps read it; None for maps that they do not know."""
+    from moestro.kernels.compiled.memory import float_matrix
+
+    if type(module) is QuantisedLinear and module.bias is None:
+        return stack_matrix(module.matrix)
+    if type(module) is nn.Linear and module.bias is None:
+        return float_matrix(module.weight.detach().unsqueeze(0).transpose(1, 2))
+    return None
+
+
+class CompiledMap:
+    """A linear map of one row.
+
+    Shapes: `[1, in]` float32 -> `[1, out]`, which the next call overwrites.
+    """
+
+    def __init__(self, module: nn.Linear | QuantisedLinear) -> None:
+        from moestro.kernels.compiled.call import Call
+        from moestro.kernels.compiled.linear import LINEAR, linear_step
+        from moestro.kernels.compiled.memory import Rounded
+
+        parts, matrix = torch.get_num_threads(), linear_matrix(module)
+        self.row, self.inputs = torch.zeros(1, matrix.inputs), module.in_features
+        sums = matrix.sums(parts)
+        rounded = Rounded(parts, matrix.inputs, matrix.group)
+        self.call = Call(linear_step(), LINEAR, parts, row=self.row, matrix=matrix, rounded=rounded, sums=sums)
+        self.out = sums[0, :, : module.out_features]
+
+    def __call__(self, row: Tensor) -> Tensor:
+        self.row[:, : self.inputs] = row
+        self.call()
+        return self.out
+
+
+class CompiledAttention:
+    """`CachedAttention` with its norm, its maps and the residual as one call.
+
+    Keys and values are kept in the dtype of the model.
+
+    Args:
+        block: one that `suits_compiled_attention`.
+        cache: what its layer stored so far, and how much it may store.
+
+    Shapes: x `[1, width]` float32 -> the same.
+    """
+
+    def __init__(self, block: Block, cache: LayerCache) -> None:
+        from moestro.kernels.compiled.attention import ATTENTION, NORMS, attention_step
+        from moestro.kernels.compiled.call import Call
+        from moestro.kernels.compiled.memory import Rounded
+
+        attention, parts = block.attention, torch.get_num_threads()
+        assert isinstance(attention, GroupedQueryAttention)
+        qkv, output = linear_matrix(attention.qkv), linear_matrix(attention.output)
+        keys, values = (by_head(each, cache.length, each.dtype) for each in (cache.first, cache.second))
+        norm = Norm(block.attention_norm)
+        norms = {"query_eps": attention.query_norm, "key_eps": attention.key_norm}
+        self.call = Call(
+            attention_step(),
+            ATTENTION,
+            parts,
+            width=len(norm.weight),
+            heads=attention.num_heads,
+            kv_heads=attention.num_kv_heads,
+            dim=attention.head_dim,
+            positions=keys.shape[1],
+            norm=NORMS.index(attention.qk_norm),
+            bfloat16=int(keys.dtype == torch.bfloat16),
+            qkv=qkv,
+            output=output,
+            norm_weight=norm.weight.contiguous(),
+            head_weight=head_weights(attention),
+            keys=keys,
+            values=values,
+            row=torch.zeros(parts, qkv.inputs),
+            rounded=Rounded(parts, max(qkv.inputs, output.inputs), qkv.group),
+            projected=qkv.sums(parts),
+            queries=torch.empty(attention.num_heads, attention.head_dim),
+            scores=torch.empty(parts, keys.shape[1]),
+            mixed=torch.zeros(output.inputs),
+            sums=output.sums(parts),
+            eps=norm.eps,
+            **{name: getattr(each, "eps", 0.0) for name, each in norms.items()},
+        )
+
+    def __call__(self, x: Tensor, moment: Moment) -> Tensor:
+        out = torch.empty_like(x)
+        tensors = (x, out, moment.cosine, moment.sine)
+        self.call(*(tensor.data_ptr() for tensor in tensors), moment.position)
+        return out
+
+
+def suits_compiled_attention(block: Block) -> bool:
+    """Whether a `CompiledAttention` can be made of a block's attention."""
+    attention = block.attention
+    if type(attention) is not GroupedQueryAttention or not attention.plain:
+        return False
+    matrices = [linear_matrix(module) for module in (attention.qkv, attention.output)]
+    return all(matrix is not None for matrix in matrices) and len({matrix.group for matrix in matrices}) == 1
+
+
+class CompiledMixture:
+    """`MixtureStep` whose chosen experts are one call.
+
+    Args:
+        block: whose mixture `routes_plainly` to a bank that `suits_compiled`.
+        dtype: of the model.
+
+    Shapes: x `[1, width]` float32 -> the same.
+    """
+
+    def __init__(self, block: Block, dtype: torch.dtype) -> None:
+        assert block.moe is not None
+        self.norm, self.choice = Norm(block.ffn_norm), Choice(block.moe.router)
+        self.experts = CompiledBank(block.moe.experts)  # type: ignore[arg-type]
+        self.shared = None if block.moe.shared is None else as_map(block.moe.shared, dtype)
+
+    def __call__(self, x: Tensor, moment: Moment) -> Tensor:
+        row = self.norm(x)
+        index, weight = self.choice(row)
+        if self.shared is not None:
+            x = x + self.shared(row)
+        return self.experts(row, index, weight, x)
+
+
+def suits_compiled_mixture(block: Block) -> bool:
+    """Whether a `CompiledMixture` can be made of a block whose mixture `routes_plainly`."""
+    return block.moe is not None and suits_compiled(block.moe.experts)
