@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from oracles.ranks import run_ranks
 
 from moestro.cli import main
 from moestro.cli.planning import plan_run
@@ -88,3 +89,38 @@ def test_a_method_with_parts_for_each_domain_counts_the_folders_of_the_text(tmp_
     built = build_model(section, vocab_size=256, sequence_length=16, seed=0)
     facts = plan_run(recipe, probe=False)["models"]["model"]
     assert facts["parameters"]["total"] == built.parameter_counts().total
+
+
+MESHES = ("data=2,expert=2", "expert=4", "expert=2,tensor=2", "data=4")
+
+
+def test_rows_that_the_plan_foresees_are_those_that_processes_send():
+    precise = {**SMALL, "twin": False, "train": {**SMALL["train"], "accumulate": 1, "precision": "float32"}}
+    everyones = run_ranks("oracles.even_traffic:sent", 4, {"recipe": precise, "meshes": MESHES})
+    for words in MESHES:
+        planned = everyones[0][words][1]
+        assert [each[words] for each in everyones] == [[planned, planned]] * 4, words
+    assert everyones[0]["data=4"] == [0, 0]
+    assert everyones[0]["expert=4"][0] > 0
+
+
+def test_what_each_of_several_processes_holds(capsys):
+    held, whole = {}, {**SMALL, "train": {**SMALL["train"], "accumulate": 1}}
+    for words, shard in (("data=4", False), ("expert=4", False), ("expert=4", True)):
+        recipe = load_recipe(None, {**whole, "parallel": {"mesh": words, "shard_optimiser": shard}})
+        facts = plan_run(recipe, probe=False, processes=4)
+        held[words, shard] = facts["parallel"]["models"]["model"]["memory"]
+    total = facts["models"]["model"]["parameters"]["total"]
+    experts = facts["models"]["model"]["parameters"]["components"]["experts"]
+    dense = total - experts
+    assert held["data=4", False] == {"weights": 4 * total, "gradients": 4 * total, "optimiser": 8 * total}
+    few = 4 * (dense + experts // 4)
+    assert held["expert=4", False] == {"weights": few, "gradients": few, "optimiser": 2 * few}
+    assert held["expert=4", True]["optimiser"] == 8 * (dense // 4 + experts // 4)
+    assert plan_run(recipe, probe=False)["parallel"] is None
+    assert main(["plan", "--no-probe", "--processes", "3", "--mesh", "expert=2"]) == 2
+    assert "3 processes fit no mesh with expert=2 and tensor=1; start 2, 4, 6, 8" in capsys.readouterr().err
+    assert main(["plan", "--no-probe", "--processes", "4", "--mesh", "data=2,expert=2"]) == 0
+    out = capsys.readouterr().out
+    assert "mesh data=2 x expert=2 x tensor=1: 8 experts of every layer and 1024 tokens a step each" in out
+    assert "sends rows to each process with other experts" in out

@@ -19,6 +19,7 @@ Examples:
   moestro plan recipes/first.yaml
   moestro plan recipes/first.yaml --model.num-experts 64 --no-probe
   moestro plan --method switch --json
+  moestro plan --processes 4 --mesh data=2,expert=2
   moestro plan Mixtral-8x7B/config.json --length 4096""",
 )
 
@@ -28,6 +29,7 @@ def plan(
     recipe: Path | None = None,
     /,
     *,
+    processes: Whole | None = None,
     probe: bool = True,
     length: Whole = 2048,
     json: Annotated[bool, Parameter(negative=(), show_default=False)] = False,
@@ -38,6 +40,7 @@ def plan(
     Args:
         recipe: YAML recipe, whose keys the options below override [default: the first recipe]; or the
             config.json of a released model, or its folder: parameters and FLOPs without building it.
+        processes: also say what each of so many processes would hold and send; `--mesh` arranges them.
         probe: train a few steps on random tokens to learn the speed.
         length: only for a config.json: tokens of a sequence.
         json: print the numbers for machines.
@@ -48,17 +51,22 @@ def plan(
     from moestro.cli.planning import plan_run
     from moestro.train import load_recipe
 
-    facts = plan_run(load_recipe(recipe, overrides(flags)), probe=probe)
+    facts = plan_run(load_recipe(recipe, overrides(flags)), probe=probe, processes=processes or 1)
     print_json(facts) if json else _print(facts)
 
 
 def _print(facts: dict[str, Any]) -> None:
+    from moestro.cli.plan_mesh import print_mesh
+
     models = facts["models"]
     print(facts["machine"])
     tables = {"parameters": _parameter_rows, "memory": _memory_rows, "speed": _speed_rows}
     for name, rows in tables.items():
         print()
         print_table(rows(models), ("", *models), headers=(name, *models))
+    if facts["parallel"]:
+        print()
+        print_mesh(facts["parallel"])
     print(f"\n{_verdict(facts)}")
 
 

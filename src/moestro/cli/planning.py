@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from moestro.balance import RoutingLog
+from moestro.cli.plan_mesh import plan_mesh
 from moestro.data import Batch, open_tokenizer
 from moestro.data.documents import DOMAINS, read_documents
 from moestro.layers import MoE
@@ -24,20 +25,24 @@ from moestro.train.optimiser import build_optimiser
 from moestro.train.step import Stepper
 
 
-def plan_run(recipe: Recipe, *, probe: bool = True) -> dict[str, Any]:
+def plan_run(recipe: Recipe, *, probe: bool = True, processes: int = 1) -> dict[str, Any]:
     """What training a recipe needs, as plain values.
 
     Args:
         recipe: see `moestro.train.load_recipe`.
-        probe: run a few steps on random tokens, if they fit into memory.
+        probe: run a few steps on random tokens, if they fit into memory; in this process.
+        processes: more than one: also what each of them holds and sends, see `plan_mesh`.
 
     Raises:
-        ValueError: a recipe that cannot be built.
+        ValueError: a recipe that cannot be built, or that so many processes cannot share.
     """
     settings = recipe.train
     machine = choose_machine(settings.device, settings.precision, settings.threads)
     available = available_memory(machine.device)
+    if processes < 1:
+        raise ValueError(f"processes={processes}; pass at least 1")
     blueprints = _blueprints(recipe)
+    parallel = plan_mesh(recipe, blueprints, machine, processes) if processes > 1 else None
     models = {name: _needs(recipe, model, machine, available) for name, model in blueprints.items()}
     fits = all(model["fits"] for model in models.values())
     if probe and fits:
@@ -52,6 +57,7 @@ def plan_run(recipe: Recipe, *, probe: bool = True) -> dict[str, Any]:
         "fits": fits,
         "seconds": None if None in seconds else sum(seconds),
         "models": models,
+        "parallel": parallel,
     }
 
 

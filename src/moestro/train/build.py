@@ -45,18 +45,20 @@ def takes_domains(name: str | None) -> bool:
 
 
 def build_mesh(recipe: Recipe, team: Team, machine: Machine) -> Mesh | None:
-    """How the processes of a run are arranged; None where there is one.
+    """How the processes of a run are arranged; None where there is one. Raises as `run_mesh` does."""
+    shape = run_mesh(recipe, team.size)
+    return None if team.size == 1 else Mesh(shape, machine.device.type)
+
+
+def run_mesh(recipe: Recipe, processes: int) -> MeshShape:
+    """The mesh of a recipe for so many processes.
 
     Raises:
         ValueError: a mesh that these processes do not fill, experts that do not divide over it, or a batch that
             does not divide over the processes.
     """
     section, settings = recipe.model, recipe.train
-    if team.size == 1:
-        mesh_shape(recipe.parallel.mesh, 1, section.num_experts if section.method else None)
-        return None
-    slots = recipe.parallel.placement.slots
-    shape = mesh_shape(recipe.parallel.mesh, team.size, section.num_experts if section.method else None, slots)
+    shape = mesh_shape(recipe.parallel.mesh, processes, section.num_experts if section.method else None)
     parts = shape.dense * settings.accumulate
     if settings.batch_size % parts:
         micro = f" of {settings.accumulate} micro-batches" if settings.accumulate > 1 else ""
@@ -64,7 +66,7 @@ def build_mesh(recipe: Recipe, team: Team, machine: Machine) -> Mesh | None:
             f"train.batch_size={settings.batch_size}{micro} does not divide over {shape.dense} processes; "
             f"pass a multiple of {parts}"
         )
-    return Mesh(shape, machine.device.type)
+    return shape
 
 
 def mesh_shape(words: str, processes: int, num_experts: int | None, slots: int | None = None) -> MeshShape:
