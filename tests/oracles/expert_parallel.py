@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from tempfile import gettempdir
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from moestro.balance import Loss, RoutingLog
 from moestro.experts.parallel import parallel_banks
 from moestro.layers import Gradients, spread
 from moestro.parallel import Mesh, MeshShape, Placement, Transport
-from moestro.parallel.transports import Adaptive, DropCopies, Pairwise, Shadow
+from moestro.parallel.restore import Files, strategies
+from moestro.parallel.transports import Adaptive, Chunked, DropCopies, Pairwise, Shadow
 from moestro.routing import Context
 
 VOCAB, WIDTH, HIDDEN, EXPERTS, CLIP = 31, 8, 4, 8, 0.25
@@ -44,7 +46,8 @@ class Scene:
 
     Attributes:
         method: name of the layer.
-        transport: name, or "pairwise 2" for groups of two, "drop-copies TRANSPORT", "adaptive DEGREE TRANSPORT".
+        transport: name, or "pairwise 2" for groups of two, "drop-copies TRANSPORT",
+            "adaptive DEGREE TRANSPORT" or "chunked STRATEGY".
         mesh: a key of MESHES.
         parts: micro-batches of each rank.
         again: whether the layer is activation-checkpointed.
@@ -71,10 +74,12 @@ class Scene:
 
     def make_transport(self) -> str | Transport:
         name, *rest = self.transport.split()
-        if name == "pairwise" and rest:
+        if rest and rest[0].isdigit() and name == "pairwise":
             return Pairwise(int(rest[0]))
         if name == "shadow" and rest:
             return Shadow(bandwidth=float(rest[0]))
+        if name in ("chunked", "pairwise") and rest:
+            return {"chunked": Chunked, "pairwise": Pairwise}[name](2, strategies(Files(gettempdir()))[rest[0]])
         if name == "adaptive" and rest:
             return Adaptive(*rest[1:], degree=int(rest[0]))
         return DropCopies(rest[0]) if rest else name
@@ -251,7 +256,9 @@ def _differences(scene: Scene, mesh: Mesh, reference: Net, answer: Answer) -> It
         yield from _apart(f"input gradient {place}", got.x[place], answer.x[first + place])
     yield from _of_parameters(net, reference, mesh)
     again = network.traffic.bytes(phase="recompute")
-    if bool(again) != scene.again and network.traffic.bytes("dispatch", "forward"):
+    if bool(again) != (scene.again or scene.transport.endswith((" S2", " S4"))) and network.traffic.bytes(
+        "dispatch", "forward"
+    ):
         yield f"{again} bytes were sent again"
 
 

@@ -14,7 +14,8 @@ from moestro.experts import GLU, MLP, ModuleExperts
 from moestro.experts.parallel import ParallelExperts, parallel_banks
 from moestro.layers import Gradients, spread
 from moestro.parallel import Mesh, MeshShape, Placement
-from moestro.parallel.transports import Adaptive, DropCopies, Pairwise, StaticCapacity
+from moestro.parallel.restore import Restore
+from moestro.parallel.transports import Adaptive, Chunked, DropCopies, Pairwise, StaticCapacity
 
 SIZES = {"width": 8, "hidden": 6}
 
@@ -39,6 +40,7 @@ def tell(rank: int, _: Any) -> dict[str, Any]:
         "groups": lambda: ParallelExperts(MLP(2, 8, 6), mesh, transport=Pairwise(3)),
         "degree": lambda: ParallelExperts(MLP(2, 8, 6), sliced, transport=Adaptive(degree=3)),
         "slices of tokens": lambda: Adaptive("gather"),
+        "rows of slices": lambda: ParallelExperts(MLP(2, 8, 6), sliced, transport=Chunked(2, Restore(rows=None))),
         "capacity": lambda: _overflow(mesh),
         "bias": lambda: GLU(2, 8, 6, bias=True).slice(0, 2),
         "hidden": lambda: MLP(2, 8, 5).slice(0, 2),

@@ -13,6 +13,7 @@ from moestro.parallel import all_transports
 ROWS = ["linear", "capacity", "two-level", "leader", "chunked", "pairwise"]
 TRANSPORTS = [*ROWS, "deduplicated", "gather", "data-centric", "adaptive", "shadow"]
 TRAVEL = ("data-centric", "adaptive", "shadow")  # of experts, that must lie in one bank
+STRATEGIES = ("S1", "S2", "S3", "S4")
 DEGREES = [("expert=2 tensor=2", (0, 1, 2)), ("tensor=4", (0, 1, 2, 4)), ("expert=4", (0, 1))]
 # one or more of every router family, and every kind of routing and bank
 FAMILIES = [
@@ -60,6 +61,10 @@ def some_scenes() -> list[Scene]:
     degrees += [Scene("switch", "adaptive", mesh, parts=2) for mesh, _ in DEGREES]
     degrees += [Scene("deepseek-v3", f"adaptive 1 {name}", "expert=2 tensor=2") for name in ("chunked", "leader")]
     shadows = ["expert=4", "data=2 expert=2", "expert=2 tensor=2"]
+    kept = [("qwen3", "chunked none", "expert=2 tensor=2"), ("qwen3", "chunked S3", "expert=2 tensor=2")]
+    kept += [("switch", "pairwise S4", "expert=2 tensor=2"), ("expert-choice", "pairwise S2", "expert=4")]
+    kept += [("deepseek-v3", f"chunked {name}", "expert=4") for name in STRATEGIES]
+    degrees += [Scene(*each, **CIRCUMSTANCES[number % 4]) for number, each in enumerate(kept)]
     return [
         *scenes,
         *degrees,

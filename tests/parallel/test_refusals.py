@@ -17,6 +17,7 @@ MESSAGES = {
     "groups": "groups of 3 ranks do not divide the 2 ranks",
     "degree": "degree=3 does not fit 2 slices; choose one of 0, 1, 2",
     "slices of tokens": "take a transport of rows inside",
+    "rows of slices": "to send them again, compute again too",
     "capacity": "slot 1 gets 3 rows but has capacity=2",
     "bias": "experts with bias cannot be sliced",
     "hidden": "hidden=5 cannot be cut into 2 equal slices",

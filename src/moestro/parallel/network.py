@@ -191,9 +191,15 @@ class Trip:
             return self._compute_sliced(rows, load)
         return self._compute_here(rows, load)
 
+    def arranged(self, rows: Tensor, load: Tensor) -> Tensor:
+        """Rows as the experts of this rank take them; arguments as of `compute`."""
+        return rows.index_select(0, self._arrangement(load)[0])
+
+    def _arrangement(self, load: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return filled_up(block_order(load, (1, 0)), load.sum(0), TOGETHER if load.device.type == "cpu" else 1)
+
     def _compute_here(self, rows: Tensor, load: Tensor) -> Tensor:
-        order, sizes = block_order(load, (1, 0)), load.sum(0)
-        source, place, sizes = filled_up(order, sizes, TOGETHER if rows.device.type == "cpu" else 1)
+        source, place, sizes = self._arrangement(load)
         out = self.experts(rows.index_select(0, source), offsets_of(sizes))
         return out.index_select(0, place)
 

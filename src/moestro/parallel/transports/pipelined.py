@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,10 +13,9 @@ from torch import Tensor, nn
 
 from moestro.parallel.blocks import block_order, parts_of, permuted
 from moestro.parallel.network import Network, Trip
+from moestro.parallel.restore import Remembered, Restore, added
 from moestro.parallel.traffic import Phase, forward_phase
 from moestro.parallel.transports.base import Transport, transport
-
-Start = Callable[[int], Callable[[], Tensor]]
 
 
 class Pipelined(Transport):
@@ -23,11 +24,30 @@ class Pipelined(Transport):
     Bytes are those of `linear`, whatever the parts. The gradients of the parts go the same way in the same manner;
     the experts' own gradients are added up over the parts.
 
+    Between the passes a part keeps what its experts' graph needs and nothing else, or less, see `Restore`.
+
+    Args:
+        restore: what is kept of each part, and how the rest comes back.
+
     Attributes:
         ahead: parts that are sent off before the results of the first are.
+
+    Raises:
+        ValueError: at build, rows that are to be sent again to slices of experts which do not compute again.
     """
 
     ahead: int = 1
+
+    def __init__(self, restore: Restore | None = None) -> None:
+        self.restore = restore or Restore()
+
+    def check(self, network: Network, experts: nn.Module) -> None:
+        resends, computes = self.restore.rows is None, self.restore.middle is None
+        if resends and not computes and network.mesh.shape.tensor > 1:
+            raise ValueError(
+                "rows of sliced experts are gathered before they are kept: to send them again, compute again too "
+                "(middle=None), or store them"
+            )
 
     @abstractmethod
     def parts(self, trip: Trip, load: Tensor) -> Tensor:
@@ -38,7 +58,7 @@ class Pipelined(Transport):
         order = block_order(parts.permute(1, 2, 0), (2, 0, 1))
         arrived = trip.counts(trip.network.expert, parts.transpose(0, 1).contiguous()).transpose(0, 1)
         send, receive = torch.stack([parts.sum(2), arrived.sum(2)]).tolist()
-        pipeline = _Pipeline(trip, arrived, send, receive, self.ahead)
+        pipeline = _Pipeline(trip, arrived, send, receive, self.ahead, self.restore)
         return permuted(pipeline(permuted(rows, order)), order, inverse=True)
 
 
@@ -50,12 +70,14 @@ class Chunked(Pipelined):
 
     Args:
         chunks: parts of a call.
+        restore: see `Pipelined`.
 
     Raises:
         ValueError: fewer than 1.
     """
 
-    def __init__(self, chunks: int = 2) -> None:
+    def __init__(self, chunks: int = 2, restore: Restore | None = None) -> None:
+        super().__init__(restore)
         if chunks < 1:
             raise ValueError(f"chunks={chunks} must be at least 1")
         self.chunks = chunks
@@ -72,12 +94,14 @@ class Pairwise(Pipelined):
 
     Args:
         group: ranks in a group.
+        restore: see `Pipelined`.
 
     Raises:
         ValueError: a group below 1, or at build, one that does not divide the ranks.
     """
 
-    def __init__(self, group: int = 1) -> None:
+    def __init__(self, group: int = 1, restore: Restore | None = None) -> None:
+        super().__init__(restore)
         if group < 1:
             raise ValueError(f"group={group} must be at least 1 rank")
         self.group = group
@@ -87,6 +111,7 @@ class Pairwise(Pipelined):
         return 1_000_000  # all of them
 
     def check(self, network: Network, experts: nn.Module) -> None:
+        super().check(network, experts)
         if network.mesh.shape.expert % self.group:
             raise ValueError(f"groups of {self.group} ranks do not divide the {network.mesh.shape.expert} ranks")
 
@@ -107,12 +132,20 @@ class _Pipeline:
         send: rows of each part for each rank.
         receive: rows of each part from each rank.
         ahead: see `Pipelined`.
+        restore: likewise.
     """
 
     def __init__(
-        self, trip: Trip, arrived: Tensor, send: list[list[int]], receive: list[list[int]], ahead: int
+        self,
+        trip: Trip,
+        arrived: Tensor,
+        send: list[list[int]],
+        receive: list[list[int]],
+        ahead: int,
+        restore: Restore,
     ) -> None:
-        self.trip, self.arrived, self.send, self.receive, self.ahead = trip, arrived, send, receive, ahead
+        self.trip, self.arrived, self.send, self.receive = trip, arrived, send, receive
+        self.ahead, self.restore = ahead, restore
         self.sizes = [sum(each) for each in send]
 
     def __call__(self, rows: Tensor) -> Tensor:
@@ -120,23 +153,53 @@ class _Pipeline:
         learned = [p for p in self.trip.parameters() if p.requires_grad]
         return self.trip.linked_by(_PipelineFunction, rows, self, *learned)
 
-    def run(
-        self, rows: Tensor, compute: Callable[[int, Tensor], Tensor], names: Sequence[str], phase: Phase
-    ) -> Tensor:
-        """Send parts, compute what arrives and send it back, as far ahead as wanted."""
-        wire, pieces = self.trip.network.expert, rows.split(self.sizes)
+    def run(self, sent: Sequence[Sent], compute: Callable[..., Tensor], name: str, phase: Phase) -> Tensor:
+        """Send parts, compute what arrives and send it back, as far ahead as wanted.
 
-        def start(part: int) -> Callable[[], Tensor]:
-            return wire.start(pieces[part], self.send[part], self.receive[part], names[0], phase)
+        Args:
+            sent: rows that go there, all of a part at the same time.
+            compute: a part's number and its rows -> what goes back.
+            name: of what goes back, for the counts.
+            phase: likewise.
+        """
+        wire, parts = self.trip.network.expert, len(self.sizes)
+        pieces = [each.rows.split(self.sizes) for each in sent]
 
-        going = [start(part) for part in range(min(self.ahead, len(pieces)))]
+        def start(part: int) -> list[Callable[[], Tensor]]:
+            return [
+                wire.start(rows[part], self.send[part], self.receive[part], each.name, each.phase)
+                for each, rows in zip(sent, pieces, strict=True)
+            ]
+
+        going = [start(part) for part in range(min(self.ahead, parts))]
         coming = []
-        for part in range(len(pieces)):
-            if len(going) < len(pieces):
+        for part in range(parts):
+            if len(going) < parts:
                 going.append(start(len(going)))
-            done = compute(part, going[part]())
-            coming.append(wire.start(done, self.receive[part], self.send[part], names[1], phase))
+            done = compute(part, *(wait() for wait in going[part]))
+            going[part] = []
+            coming.append(wire.start(done, self.receive[part], self.send[part], name, phase))
         return torch.cat([wait() for wait in coming])
+
+    def experts(self, part: int, rows: Tensor, told: Callable[[Tensor], None]) -> Tensor:
+        """A part through the experts; `told` hears of the rows that they take."""
+        trip = self.trip.fresh()
+        bank = trip.experts
+
+        def listening(rows: Tensor, offsets: Tensor) -> Tensor:
+            told(rows)
+            return bank(rows, offsets)
+
+        return trip.with_experts(listening).compute(rows, self.arrived[part])
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Rows that go to other ranks, with what they are called in the counts."""
+
+    rows: Tensor
+    name: str
+    phase: Phase
 
 
 class _PipelineFunction(torch.autograd.Function):
@@ -146,19 +209,26 @@ class _PipelineFunction(torch.autograd.Function):
     def forward(
         ctx: Any, rows: Tensor, link: Tensor, pipeline: _Pipeline, *learned: Tensor
     ) -> tuple[Tensor, Tensor]:
-        ctx.pipeline, ctx.learned, ctx.kept = pipeline, learned, []
-        keep = any(ctx.needs_input_grad)
+        ctx.pipeline, ctx.learned, ctx.kept, ctx.width = pipeline, learned, [], rows.shape[1]
+        needed = any(ctx.needs_input_grad)
+        if needed and pipeline.restore.rows is None:
+            ctx.save_for_backward(rows)
 
         def compute(part: int, arrived: Tensor) -> Tensor:
-            arrived = arrived.detach().requires_grad_(keep)
-            with torch.set_grad_enabled(keep):
-                out = pipeline.trip.fresh().compute(arrived, pipeline.arrived[part])
-            ctx.kept.append((arrived, out))
-            return out.detach()
+            if not needed:
+                return pipeline.experts(part, arrived, lambda rows: None)
+            load = pipeline.arrived[part]
+            part_of = Remembered(
+                pipeline.restore,
+                arrived,
+                lambda rows: pipeline.trip.arranged(rows, load),
+                partial(pipeline.experts, part),
+                learned,
+            )
+            ctx.kept.append(part_of)
+            return part_of.take()
 
-        out = pipeline.run(rows, compute, ("dispatch", "combine"), forward_phase())
-        if not keep:
-            ctx.kept = []
+        out = pipeline.run([Sent(rows, "dispatch", forward_phase())], compute, "combine", forward_phase())
         return out, torch.zeros_like(link)
 
     @staticmethod
@@ -168,18 +238,14 @@ class _PipelineFunction(torch.autograd.Function):
             raise RuntimeError("a pipelined transport goes backward once; run the layer again for a second time")
         total: list[Tensor | None] = [None] * len(ctx.learned)
 
-        def compute(part: int, grad: Tensor) -> Tensor:
-            arrived, out = kept[part]
-            kept[part] = (None, None)
-            inputs = [arrived, *ctx.learned]
-            if not out.requires_grad:
-                return torch.zeros_like(arrived)
-            own, *others = torch.autograd.grad(out, inputs, grad, allow_unused=True)
-            for place, each in enumerate(others):
-                if each is not None:
-                    before = total[place]
-                    total[place] = each if before is None else before + each
-            return torch.zeros_like(arrived) if own is None else own
+        def compute(part: int, grad: Tensor, *arrived: Tensor) -> Tensor:
+            nonlocal total
+            own, others = kept[part].gradients(grad, *(arrived or (None,)))
+            kept[part] = None
+            total = added(total, others)
+            return grad.new_zeros(len(grad), ctx.width) if own is None else own
 
-        back = ctx.pipeline.run(grad, compute, ("combine", "dispatch"), "backward")
+        sent = [Sent(grad, "combine", "backward")]
+        sent += [Sent(rows, "dispatch", "recompute") for rows in ctx.saved_tensors]
+        back = ctx.pipeline.run(sent, compute, "dispatch", "backward")
         return back, torch.zeros_like(link), None, *total
