@@ -8,7 +8,7 @@ import torch
 from oracles.tiny_models import CAUSAL_METHODS, facts, tiny_model, tokens_for, train_a_little
 from safetensors.torch import load_file, save_file
 
-from moestro.models import load_model, save_model
+from moestro.models import choose_layout, load_model, save_model
 
 LAYOUTS = {
     "Mixtral": {},
@@ -162,3 +162,36 @@ def test_damaged_folders_are_refused(damage, message, tmp_path):
     damage(tmp_path / "model")
     with pytest.raises(ValueError, match=message):
         load_model(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("attention_bias", "qkv"),
+        ("attention_bias", "all"),
+        ("attention_scale", 0.3),
+        ("windows", [4, None, 4]),
+        ("sinks", True),
+        ("head_bias", True),
+        ("expert_bias", True),
+        ("rope_order", "pairs"),
+        ("rope_dim", 2),
+        ("norm", "layer"),
+        ("norm_place", "after"),
+        ("norm_place", "both"),
+        ("embedding_scale", 2.0),
+        ("residual_scale", 0.5),
+        ("logit_divisor", 2.0),
+        ("qk_norm", "rotated"),
+    ],
+)
+def test_what_a_layout_cannot_say_is_not_written_in_it(argument, value, tmp_path):
+    """Whatever layout is chosen, its words describe this model: read back from them, it computes the same."""
+    model = tiny_model("mixtral", num_layers=3, **{argument: value})
+    train_a_little(model, steps=1)
+    layout = choose_layout(model).layout
+    assert layout.name not in ("Mixtral", "Qwen3-MoE", "OLMoE")
+    assert layout.says is None or argument in layout.says
+    save_model(model, tmp_path / "model")
+    tokens = tokens_for(model)
+    assert torch.equal(load_model(tmp_path / "model")(tokens), model.eval()(tokens))
