@@ -109,3 +109,11 @@ def test_routers_of_later_layers_see_what_the_mixture_before_them_decided():
         assert_close(decision.logits, expected)
         before = decision.logits
     assert len(log.layers) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_process_without_a_sequence_computes_nothing(dtype):
+    sizes = {"width": 16, "num_layers": 1, "num_heads": 2, "num_experts": 4, "expert_hidden": 16}
+    model = moestro.build_language_model(vocab_size=32, method="mixtral", seed=0, **sizes)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        assert model(torch.zeros(0, 8, dtype=torch.long)).shape == (0, 8, 32)

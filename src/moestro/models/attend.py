@@ -83,10 +83,10 @@ def _by_matmul(query: Tensor, key: Tensor, value: Tensor, scale: float | None = 
     """Causal attention with the scores written out; the query heads of a group lie behind each other as rows."""
     batch, length, num_heads, head_dim = query.shape
     num_kv_heads = key.shape[2]
-    rows = query.transpose(1, 2).reshape(batch * num_kv_heads, -1, head_dim)
+    rows = query.transpose(1, 2).reshape(batch * num_kv_heads, num_heads // num_kv_heads * length, head_dim)
     keys, values = key.transpose(1, 2).flatten(0, 1), value.transpose(1, 2).flatten(0, 1)
     future = torch.full((length, length), -torch.inf, dtype=query.dtype).triu(1)
     future = future.repeat(num_heads // num_kv_heads, 1)
     scores = torch.baddbmm(future, rows, keys.transpose(1, 2), alpha=scale or head_dim**-0.5)
     y = torch.softmax(scores, dim=-1) @ values
-    return y.view(batch, num_heads, length, -1).transpose(1, 2).flatten(2)
+    return y.view(batch, num_heads, length, value.shape[3]).transpose(1, 2).flatten(2)
