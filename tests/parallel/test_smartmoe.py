@@ -1,6 +1,6 @@
 """SmartMoE: the best placement of few experts, a pool of layouts, and experts that stay unless it pays."""
 
-from itertools import permutations
+from itertools import combinations, permutations
 
 import numpy as np
 import pytest
@@ -77,6 +77,32 @@ def test_experts_stay_unless_the_busiest_rank_is_relieved(method, load, order, p
     assert busiest(found, load) == pytest.approx(least_of_all)
     if busiest(current, load) <= least_of_all:
         assert found == current
+
+
+@entry("smartmoe")
+def test_the_busiest_of_three_ranks_counts_and_not_the_others(method):
+    for seed in range(10):
+        load = np.random.default_rng(seed).integers(1, 60, 9)
+        rest = [sorted(set(range(9)) - set(one)) for one in combinations(range(9), 3)]
+        best = min(
+            max(
+                int(load.sum() - load[left].sum()),
+                int(load[list(two)].sum()),
+                int(load[left].sum() - load[list(two)].sum()),
+            )
+            for left in rest
+            for two in combinations(left, 3)
+        )
+        assert busiest(best_placement(load.astype(float), 3), load.tolist()) == pytest.approx(best)
+
+
+@entry("smartmoe")
+def test_a_candidate_of_the_pool_that_greedy_does_not_find_is_taken(method):
+    """Three and three against two, two and two: greedy gives one rank seven."""
+    load = [3.0, 3.0, 2.0, 2.0, 2.0, *[0.0] * 9]
+    candidate = Placement((0, 1, 5, 6, 7, 8, 9, 2, 3, 4, 10, 11, 12, 13), 14, 2)
+    assert busiest(smartmoe([load], Cluster(2)), load) == 7
+    assert smartmoe([load], Cluster(2), pool=[candidate]) == candidate
 
 
 @entry("smartmoe")
