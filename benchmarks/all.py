@@ -25,8 +25,14 @@ from harness import machine, markdown
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs" / "benchmarks.md"
 PARTS: dict[str, tuple[str, ...]] = {
-    "layer-olmoe": ("layer", "--shapes", "OLMoE"),
-    "layer-mixtral": ("layer", "--shapes", "Mixtral"),
+    "layer-olmoe": ("layer", "--shapes", "OLMoE", "--dtypes", "bfloat16"),
+    "layer-olmoe-float32": ("layer", "--shapes", "OLMoE", "--dtypes", "float32"),
+    "layer-mixtral": ("layer", "--shapes", "Mixtral", "--dtypes", "bfloat16"),
+    "layer-mixtral-float32": ("layer", "--shapes", "Mixtral", "--dtypes", "float32"),
+    "layer-qwen3": ("layer", "--shapes", "Qwen3", "--dtypes", "bfloat16", "--paths", "grouped_mm",
+                    "--tokens", "4096"),
+    "layer-qwen3-512": ("layer", "--shapes", "Qwen3", "--dtypes", "bfloat16", "--paths", "grouped_mm",
+                        "--tokens", "512"),
     "layer-tiny": ("layer", "--shapes", "tiny"),
     "layer-forward": ("layer", "--shapes", "OLMoE,Qwen3", "--tokens", "1,64,1024", "--passes", "forward",
                       "--dtypes", "bfloat16"),
