@@ -14,6 +14,7 @@ from moestro.experts import quantise_linear
 from moestro.inference import choose_steps, lay_out_for_decoding
 from moestro.inference.compiled_step import CompiledMap
 from moestro.kernels.compiled import availability, why_not
+from moestro.kernels.packed import pack_codes, packed_block, unpack_codes
 
 needs_numba = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
@@ -103,6 +104,23 @@ def test_reads_what_torch_packs_for_older_processors():
     assert float(far) < 0.01
     if torch.backends.cpu.get_cpu_capability() == "AVX512":
         assert block == "32"
+
+
+@needs_numba
+@pytest.mark.parametrize("threads", [1, 3])
+def test_unpacks_to_the_integers_that_torch_finds(threads):
+    from moestro.kernels.compiled.unpack import unpack_multiples
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for inputs, outputs, group in ((32, 64, 32), (256, 192, 64), (96, 128, 32)):
+            code = pack_codes(torch.randint(0, 16, (outputs, inputs), dtype=torch.int32))
+            multiple = torch.randint(1, 16, (inputs // group, outputs), dtype=torch.int8)
+            found = unpack_multiples(code, multiple, group, packed_block() // 2)
+            assert torch.equal(found, unpack_codes(code) * multiple.repeat_interleave(group, dim=0))
+    finally:
+        torch.set_num_threads(before)
 
 
 @needs_numba

@@ -34,7 +34,8 @@ def compile_steps() -> float:
     from moestro.kernels.compiled.attention import attention_step
     from moestro.kernels.compiled.bank import bank_step
     from moestro.kernels.compiled.linear import linear_step
+    from moestro.kernels.compiled.unpack import unpack_step
 
-    for step in (attention_step, bank_step, linear_step):
+    for step in (attention_step, bank_step, linear_step, unpack_step):
         step()
     return time.perf_counter() - start

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moestro.kernels.compiled import why_not
+
 GROUPS = (32, 64, 128, 256)  # inputs that may share a scale in 4 bits
 _BLOCK = 64  # outputs that the packed format of 4 bits interleaves
 _MOST = 15  # the largest multiple of a row's scale that a group may have: 15 * 8 fits into int8
@@ -80,8 +82,7 @@ class Int4Matrix:
     def sums(self, rows: Tensor) -> Tensor:
         """int8 rows `[rows, in]` times `(code - 8) * multiple` -> `[rows, out]` int32; see `Int8Matrix.sums`."""
         multiple = self.scale[..., 0].float().div_(self.row_scale).round_().to(torch.int8)  # [groups, out]
-        codes = unpack_codes(self.code).view(len(multiple), self.group, -1).mul_(multiple.unsqueeze(1))
-        return torch._int_mm(rows, codes.flatten(0, 1))
+        return torch._int_mm(rows, _multiples(self.code, multiple, self.group))
 
     @property
     def unit(self) -> Tensor:
@@ -133,6 +134,15 @@ def to_int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
     code = (grouped / scale.float().unsqueeze(-1)).round().clamp(-8, 7) + 8
     scales = torch.stack([scale, torch.zeros_like(scale)], dim=-1).transpose(0, 1).contiguous()
     return code.flatten(1).int(), scales, unit
+
+
+def _multiples(code: Tensor, multiple: Tensor, group: int) -> Tensor:
+    """The codes less 8, times the multiple of their group, `[in, out]` int8: compiled where that can be had."""
+    if why_not() is not None or not (code.is_contiguous() and multiple.is_contiguous()):
+        return unpack_codes(code).view(len(multiple), group, -1).mul_(multiple.unsqueeze(1)).flatten(0, 1)
+    from moestro.kernels.compiled.unpack import unpack_multiples
+
+    return unpack_multiples(code, multiple, group, packed_block() // 2)
 
 
 def pack_codes(code: Tensor) -> Tensor:

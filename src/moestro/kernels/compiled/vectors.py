@@ -196,6 +196,45 @@ def add_nibble_products_32(typing: Any, code: Any, row: Any, sums: Any) -> Any:
     return _BY_ADDRESS, NibbleProducts(16, bytewise=False)
 
 
+def _unpack(lanes: int) -> Any:
+    """Writes the codes of one input of a block of `2 * lanes` outputs, less 8, times their multiples.
+
+    Shapes, by address: code `[lanes]` uint8, multiple and out `[2, lanes]` int8: low, high.
+    """
+    kind = ir.VectorType(_BYTE, lanes)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        code, multiple, out = args
+
+        def place(base: Any, offset: int) -> Any:
+            return builder.inttoptr(builder.add(base, ir.Constant(_LONG, offset)), kind.as_pointer())
+
+        def load(base: Any, offset: int) -> Any:
+            value = builder.load(place(base, offset))
+            value.align = 1
+            return value
+
+        for half, nibbles in enumerate(_halves(builder, load(code, 0))):
+            number = builder.sub(nibbles, _every(kind, 8))
+            product = builder.mul(number, load(multiple, half * lanes))
+            builder.store(product, place(out, half * lanes)).align = 1
+        return context.get_dummy_value()
+
+    return generate
+
+
+@intrinsic
+def unpack_64(typing: Any, code: Any, multiple: Any, out: Any) -> Any:
+    """`_unpack` of a block of 64 outputs."""
+    return _BY_ADDRESS, _unpack(32)
+
+
+@intrinsic
+def unpack_32(typing: Any, code: Any, multiple: Any, out: Any) -> Any:
+    """`_unpack` of a block of 32 outputs."""
+    return _BY_ADDRESS, _unpack(16)
+
+
 def widen(value: Any) -> Any:
     """What memory holds, as float32: uint16 is a bfloat16."""
     raise NotImplementedError("only compiled code calls this")
