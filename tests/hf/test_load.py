@@ -306,3 +306,17 @@ def test_no_architecture_is_said_with_its_reasons(tmp_path):
         convert(tmp_path / "model", tmp_path / "stock", "transformers")
     with pytest.raises(ValueError, match="becomes one of transformers, not fused"):
         convert(tmp_path / "model", tmp_path / "stock", "fused")
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"truncate": False}, {"beta_fast": 16, "beta_slow": 2, "attention_factor": 1.5}]
+)
+def test_frequencies_of_yarn_are_those_of_transformers_at_released_sizes(more):
+    from moestro.models.rope_scaling import rotary_frequencies
+
+    scaling = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, **more}
+    config = transformers.GptOssConfig(head_dim=64, rope_parameters={**scaling, "rope_theta": 150000.0})
+    expected, magnitude = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
+    frequency, ours = rotary_frequencies(64, 150000.0, scaling)
+    assert_close(frequency, expected, rtol=1e-6, atol=0)
+    assert ours == pytest.approx(magnitude)
