@@ -43,7 +43,7 @@ def placement(
         slots: physical experts on all ranks, for replicas [default: one for each expert].
         nodes: machines with equal numbers of ranks.
         groups: equal groups of consecutive experts, for node-limited routing.
-        predictor: of loads: last, sliding-average, exponential-average or autoregression.
+        predictor: of loads: last, sliding-average, exponential-average, autoregression, arima or lstm.
         decide_at: share of the records after which placements are decided.
         picture: draw the load of each rank before and after --policy to this file (.png, .svg or .pdf).
         policy: the one to draw.
