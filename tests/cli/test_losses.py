@@ -26,7 +26,7 @@ def test_machines_also_get_the_methods_that_use_a_part(capsys):
     rows = {row["name"]: row for row in json.loads(output(capsys, "losses", "--json"))}
     assert "mixtral" in rows['LoadTimesProbability("transformers")']["methods"]
     assert "switch" not in rows['LoadTimesProbability("transformers")']["methods"]
-    assert rows["LossFreeBias(rate)"]["methods"] == ["deepseek-v3"]
+    assert rows["LossFreeBias(rate)"]["methods"] == ["deepseek-v3", "ernie-4-5"]
     assert "skywork-moe" in rows['LoadTimesProbability("megatron")']["methods"]
     assert rows["DropByPriority(train, evaluate)"]["methods"] == []
     assert rows["ZLoss"]["file"] == "moestro/balance/losses.py"

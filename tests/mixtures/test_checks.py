@@ -67,7 +67,7 @@ def test_hme_online_a_constant_share_is_repetition():
     def learn(order, share):
         leaves = LinearLeaves(np.zeros((1, 2, 1)), prior=10.0, forgetting=1.0)
         for seen, row in enumerate(order):
-            leaves.learn(rows[row], targets[row], np.array([share]), seen)
+            leaves.learn(rows[row], targets[row], np.array([share]), 1.0, seen)
         return leaves.coef[0, :, 0]
 
     twice, heavy = learn(np.repeat(np.arange(40), 2), 1.0), learn(np.arange(40), 2.0)

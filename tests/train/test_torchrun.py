@@ -36,7 +36,8 @@ def without_times(records):
     return [{key: value for key, value in each.items() if key != "tokens_per_second"} for each in records]
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("processes", [2, 4])
 def test_torchrun_and_own_processes_are_the_same_to_the_bit(tmp_path, processes):
     recipe, out, own = tiny_recipe(tmp_path / "text.txt", **MINE), tmp_path / "theirs", tmp_path / "own"
     started = torchrun(tmp_path, processes, recipe, out)

@@ -72,7 +72,7 @@ class CompiledBank:
             width=bank.width,
             hidden=bank.hidden,
             gated=int(is_gated(bank.activation)),
-            activation=ACTIVATIONS.index(_SAME.get(bank.activation, bank.activation)),
+            activation=ACTIVATIONS.index(_applied(bank)),
             inner_bias=torch.cat(biases, dim=1).contiguous() if biases else None,
             outer_bias=None if down_bias is None else down_bias.detach().float().contiguous(),
             rounded=Rounded(parts, first.inputs, first.group),
@@ -86,7 +86,15 @@ class CompiledBank:
 
 def suits_compiled(bank: Experts) -> bool:
     """Whether a `CompiledBank` can be made of a bank: a kind, a dtype and a place that compiled steps know."""
-    return type(bank) in (GLU, MLP, QuantisedExperts) and _matrices(bank) is not None
+    from moestro.kernels.compiled.bank import ACTIVATIONS
+
+    known = type(bank) in (GLU, MLP, QuantisedExperts) and _applied(bank) in ACTIVATIONS
+    return known and _matrices(bank) is not None
+
+
+def _applied(bank: Any) -> str:
+    activation: str = bank.activation
+    return _SAME.get(activation, activation)
 
 
 class _Records:

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from moestro.balance.overload import CountCarried
 from moestro.experts import AffineExperts
 from moestro.layers import MoE
 from moestro.routers.gate_networks import TwoLayer
 from moestro.routers.overload import OverloadGuard
+from moestro.routing import Decision
 
 
 class DeepMixtureOfExperts(nn.Module):
@@ -60,11 +62,16 @@ class DeepMixtureOfExperts(nn.Module):
             router = OverloadGuard(TwoLayer(width, experts, gate), margin, constrained_steps)
             self.layers.append(MoE(router, AffineExperts(experts, width, size, link="relu")))
             width = size
+        self._counter = CountCarried()
         self.output = nn.Linear(width, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
-            x = layer(x)
+            decisions: list[Decision] = []
+            x = layer(x, decisions=decisions)
+            if self.training and len(x):
+                assert isinstance(layer, MoE)
+                self._counter.update(layer, self._counter.measure(decisions[0]))
         y: Tensor = self.output(x)
         return y
 
