@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -36,8 +37,7 @@ def without_times(records):
     return [{key: value for key, value in each.items() if key != "tokens_per_second"} for each in records]
 
 
-@pytest.mark.nightly
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.nightly)])
 def test_torchrun_and_own_processes_are_the_same_to_the_bit(tmp_path, processes):
     recipe, out, own = tiny_recipe(tmp_path / "text.txt", **MINE), tmp_path / "theirs", tmp_path / "own"
     started = torchrun(tmp_path, processes, recipe, out)
@@ -72,3 +72,26 @@ def test_torchrun_names_the_rank_that_was_killed_and_ends_the_others(tmp_path, p
     assert "torchrun says below which rank ended first" in said
     assert not any(each.is_running() for each in ranks.values())
     assert list((tmp_path / "run" / "checkpoint").glob("step-*"))
+
+
+LEFT = """
+import os, sys, types
+from pathlib import Path
+import torch.distributed as dist
+from moestro.train.team import joined_by_file
+
+with joined_by_file(Path(sys.argv[1]), 0, 1, 60.0):
+    model = types.SimpleNamespace(group=dist.new_group([0]))
+    model.own = model  # a cycle, as models have them
+    dist.barrier(model.group)
+    del model
+print([Path(f"/proc/self/task/{task}/comm").read_text().strip() for task in os.listdir("/proc/self/task")])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="only Linux lists threads")
+def test_no_thread_of_a_group_outlives_the_team(tmp_path):
+    """One that drops its last tensor while Python ends would abort the process."""
+    words = [sys.executable, "-W", "ignore", "-c", LEFT, str(tmp_path / "meet")]
+    said = subprocess.run(words, capture_output=True, text=True, check=True, timeout=120).stdout
+    assert "gloo" not in said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -185,6 +186,7 @@ def _joined(method: str, rank: int, size: int, local: tuple[int, int], timeout: 
         yield Team(rank, size, *local)
     finally:
         dist.destroy_process_group()
+        gc.collect()  # groups that a model's cycles hold, or their threads meet Python's end and abort it
 
 
 def _not_met(error: Exception, rank: int, size: int) -> Exception:
