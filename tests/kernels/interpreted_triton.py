@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracles.bank import check_layer
+from oracles.bank import RandomLayer, check_layer
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -28,18 +28,7 @@ assert is_interpreted()
 
 
 @dataclass(frozen=True)
-class Case:
-    """A random layer. `ways` is how many experts are in use at all, the others have no rows."""
-
-    tokens: int
-    num_experts: int
-    k: int
-    ways: int
-    width: int
-    hidden: int
-    activation: str
-    bias: bool
-    dtype: torch.dtype
+class Case(RandomLayer):
     setting: str
     routing: str
     strided: bool

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
-from oracles.bank import check_layer
+from oracles.bank import RandomLayer, check_layer
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -22,18 +22,7 @@ TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 4e-2}
 
 
 @dataclass(frozen=True)
-class Case:
-    """A random layer. `ways` is how many experts are in use at all, the others have no rows."""
-
-    tokens: int
-    num_experts: int
-    k: int
-    ways: int
-    width: int
-    hidden: int
-    activation: str
-    bias: bool
-    dtype: torch.dtype
+class Case(RandomLayer):
     contiguous: bool
     kernel: str
     recompute: bool

@@ -1,10 +1,26 @@
 """A bank in float64, one expert after the other on all tokens that chose it: quick enough for large cases."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from oracles.experts import GATED, PLAIN
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RandomLayer:
+    """A random layer. `ways` is how many experts are in use at all, the others have no rows."""
+
+    tokens: int
+    num_experts: int
+    k: int
+    ways: int
+    width: int
+    hidden: int
+    activation: str
+    bias: bool
+    dtype: torch.dtype
 
 
 def check_layer(
