@@ -101,7 +101,8 @@ def test_what_two_processes_with_replicas_began_one_process_ends(folder, said):
         assert ours == pytest.approx(theirs, rel=1e-9)
 
 
-def test_a_run_says_what_moved_and_what_that_gains(folder, said):
+def test_a_run_says_what_will_move_what_moved_and_what_that_gains(folder, said):
+    assert sum(line.startswith("placement: greedy decides every 2 steps") for line in said["greedy"]) == 1
     (line, *_) = [line for line in said["greedy"] if line.startswith("moe step 2: ")]
     assert "experts of" in line
     assert "MiB): the busiest process is foreseen " in line

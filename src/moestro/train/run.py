@@ -158,6 +158,12 @@ def _company(around: Surroundings, model: DecoderLM) -> list[str]:
     if mesh is None:
         return []
     lines = [f"processes: {around.team.size} ({mesh.shape.words}), transport {around.recipe.parallel.transport}"]
+    placement = around.recipe.parallel.placement
+    if placement.policy is not None:
+        lines.append(
+            f"placement: {placement.policy} decides every {placement.every} steps; experts move when the busiest "
+            f"process would otherwise have {placement.gain:g} times as much to do"
+        )
     if not model.batch_independent:
         lines.append("routing looks at the tokens of one process at a time: the run will differ from one process")
     return lines
