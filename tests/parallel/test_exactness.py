@@ -14,6 +14,7 @@ ROWS = ["linear", "capacity", "two-level", "leader", "chunked", "pairwise"]
 TRANSPORTS = [*ROWS, "deduplicated", "gather", "data-centric", "adaptive", "shadow"]
 TRAVEL = ("data-centric", "adaptive", "shadow")  # of experts, that must lie in one bank
 STRATEGIES = ("S1", "S2", "S3", "S4")
+KEEPING = [f"chunked {name}" for name in ("none", *STRATEGIES)] + ["pairwise S3", "pairwise S4"]
 DEGREES = [("expert=2 tensor=2", (0, 1, 2)), ("tensor=4", (0, 1, 2, 4)), ("expert=4", (0, 1))]
 # one or more of every router family, and every kind of routing and bank
 FAMILIES = [
@@ -92,12 +93,18 @@ def test_two_ranks_give_what_one_process_gives() -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("transport", [*TRANSPORTS, "drop-copies linear"])
+@pytest.mark.parametrize(
+    "transport", [*TRANSPORTS, "drop-copies linear", *KEEPING, "adaptive 0", "adaptive 1", "adaptive 2"]
+)
 def test_every_method_in_every_circumstance(transport: str) -> None:
+    name, *degree = transport.split()
     methods = [m.name for m in moestro.all_methods().values() if m.family != "merging"]
-    methods = [name for name in methods if transport not in TRAVEL or stacked(name)]
-    copies = " copies=2" if transport.startswith("drop-copies") else ""
-    grid = product(methods, (f"expert=4{copies}", f"data=2 expert=2{copies}"), CIRCUMSTANCES)
+    methods = [method for method in methods if name not in TRAVEL or stacked(method)]
+    copies = " copies=2" if name == "drop-copies" else ""
+    meshes = (f"expert=4{copies}", f"data=2 expert=2{copies}")
+    if name == "adaptive":
+        meshes = ("expert=2 tensor=2",) if degree else (*meshes, "expert=2 tensor=2")
+    grid = product(methods, meshes, CIRCUMSTANCES)
     scenes = [Scene(method, transport, mesh, **circumstance) for method, mesh, circumstance in grid]
     assert not differences(scenes, ranks=4, seconds=1800)
 
