@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import Report, parse
-from links_model import Action, Compute, Replay, Start, Wait
+from links_model import Action, Ask, Compute, Replay, Start, Wait
 from links_nodes import CARD, Refused, nodes
 from links_rank import Case, Sizes
 
@@ -92,8 +92,10 @@ def predicted(case: Case, sizes: Sizes, rate: int) -> dict[str, float]:
 
 
 def _action(each: dict[str, Any]) -> Action:
+    if "ask" in each:
+        return Ask(tuple(each["group"]), tuple(each["ask"]))
     if "group" in each:
-        return Start(tuple(each["group"]), tuple(each["send"]), tuple(each["receive"]))
+        return Start(tuple(each["group"]), tuple(each["send"]), tuple(each["receive"]), each["asked"])
     return Wait(each["wait"]) if "wait" in each else Compute(each["seconds"])
 
 

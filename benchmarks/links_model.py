@@ -22,12 +22,24 @@ SOON = 1e-9  # seconds that are as good as none
 
 
 @dataclass(frozen=True)
+class Ask:
+    """Ask for the rows of an exchange that begins later: bytes from each rank of a group."""
+
+    group: tuple[int, ...]
+    receive: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Start:
-    """Begin an exchange: bytes for and from each rank of a group. A rank's exchanges are numbered in order."""
+    """Begin an exchange: bytes for and from each rank of a group. A rank's exchanges are numbered in order.
+
+    `asked`: it is the oldest of those that were asked for; else its rows are asked for now.
+    """
 
     group: tuple[int, ...]
     send: tuple[int, ...]
     receive: tuple[int, ...]
+    asked: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,7 +56,7 @@ class Compute:
     seconds: float
 
 
-Action = Start | Wait | Compute
+Action = Ask | Start | Wait | Compute
 Key = tuple[int, tuple[int, ...], int]  # a rank, a group, and which of its exchanges
 
 
@@ -53,14 +65,17 @@ class Exchange:
     """One rank's part of the `place`-th exchange of a group."""
 
     rank: int
-    start: Start
+    group: tuple[int, ...]
+    receive: tuple[int, ...]
     place: int
+    send: tuple[int, ...] = ()
+    asked: bool = False
     begun: bool = False
     to_go: int = 0
     to_come: int = 0
 
     def key(self, rank: int) -> Key:
-        return rank, self.start.group, self.place
+        return rank, self.group, self.place
 
     @property
     def over(self) -> bool:
@@ -73,7 +88,8 @@ class Rank:
 
     actions: deque[Action]
     free: float = 0.0
-    exchanges: list[Exchange] = field(default_factory=list)
+    known: list[Exchange] = field(default_factory=list)  # begun, or asked for
+    exchanges: list[Exchange] = field(default_factory=list)  # begun
     unsent: deque[tuple[float, Exchange]] = field(default_factory=deque)  # and when the sender is done with it
 
 
@@ -134,9 +150,11 @@ class Replay:
         rank.actions.popleft()
         if isinstance(action, Compute):
             rank.free = self.now + action.seconds
+        elif isinstance(action, Ask):
+            self._ask(self._next(number, rank, action))
         elif isinstance(action, Start):
-            place = sum(other.start.group == action.group for other in rank.exchanges)
-            exchange = Exchange(number, action, place)
+            exchange = self._asked_for(rank, action.group) if action.asked else self._next(number, rank, action)
+            exchange.send, exchange.asked = action.send, action.asked
             rank.exchanges.append(exchange)
             far = sum(bool(size) for peer, size in self._peers(action.send, exchange) if self._far(number, peer))
             since = rank.unsent[-1][0] if rank.unsent else self.now
@@ -144,22 +162,38 @@ class Replay:
         return True
 
     @staticmethod
+    def _next(number: int, rank: Rank, action: Ask | Start) -> Exchange:
+        place = sum(other.group == action.group for other in rank.known)
+        rank.known.append(Exchange(number, action.group, action.receive, place))
+        return rank.known[-1]
+
+    @staticmethod
+    def _asked_for(rank: Rank, group: tuple[int, ...]) -> Exchange:
+        begun = {id(exchange) for exchange in rank.exchanges}
+        return next(each for each in rank.known if each.group == group and id(each) not in begun)
+
+    @staticmethod
     def _peers(sizes: Sequence[int], exchange: Exchange) -> list[tuple[int, int]]:
-        return list(zip(exchange.start.group, sizes, strict=True))
+        return list(zip(exchange.group, sizes, strict=True))
 
     def _far(self, rank: int, peer: int) -> bool:
         return rank // self.per_node != peer // self.per_node
 
+    def _ask(self, exchange: Exchange) -> None:
+        """Ask for all rows."""
+        for peer, size in self._peers(exchange.receive, exchange):
+            if size and self._far(exchange.rank, peer):
+                self._put(Message(0, exchange, peer, is_request=True))
+
     def _begin(self, exchange: Exchange) -> None:
-        """Ask for all rows, then send all."""
+        """Ask for all rows, unless that is done, then send all."""
         rank = exchange.rank
+        if not exchange.asked:
+            self._ask(exchange)
         exchange.begun = True
         self.by_key[exchange.key(rank)] = exchange
-        exchange.to_come += sum(map(bool, exchange.start.receive)) - self.early[exchange.key(rank)]
-        for peer, size in self._peers(exchange.start.receive, exchange):
-            if size and self._far(rank, peer):
-                self._put(Message(0, exchange, peer, is_request=True))
-        for peer, size in self._peers(exchange.start.send, exchange):
+        exchange.to_come += sum(map(bool, exchange.receive)) - self.early[exchange.key(rank)]
+        for peer, size in self._peers(exchange.send, exchange):
             if size and self._far(rank, peer):
                 exchange.to_go += 1
                 if (exchange.key(rank), peer) in self.asked:
@@ -168,7 +202,7 @@ class Replay:
                 self._came(exchange.key(peer))
 
     def _put(self, message: Message) -> None:
-        line = self.lines.setdefault((message.exchange.start.group, message.exchange.rank, message.target), deque())
+        line = self.lines.setdefault((message.exchange.group, message.exchange.rank, message.target), deque())
         line.append(message)
         self._take_requests(line)
 
@@ -180,7 +214,7 @@ class Replay:
             self.asked.add((key, peer))
             if key in self.by_key:
                 exchange = self.by_key[key]
-                self._put(Message(dict(self._peers(exchange.start.send, exchange))[peer], exchange, peer))
+                self._put(Message(dict(self._peers(exchange.send, exchange))[peer], exchange, peer))
 
     def _came(self, key: Key) -> None:
         if key in self.by_key:

@@ -22,7 +22,7 @@ from moestro.experts import CopyExperts
 from moestro.experts.parallel import ParallelExperts
 from moestro.parallel import Mesh, MeshShape, Transport, make_transport
 from moestro.parallel.transports import Chunked
-from moestro.parallel.wire import Wire
+from moestro.parallel.wire import Asked, Wire
 from moestro.routing import SparseRouting
 
 
@@ -76,10 +76,14 @@ class Tape:
         self.actions: list[dict[str, Any]] = []
         self._started = 0
 
-    def start(self, wire: Wire, each: int, send: Sequence[int], receive: Sequence[int]) -> int:
-        ranks = dist.get_process_group_ranks(wire.group)
+    def ask(self, wire: Wire, each: int, receive: Sequence[int]) -> None:
+        group = dist.get_process_group_ranks(wire.group)
+        self.actions.append({"ask": [n * each for n in receive], "group": group})
+
+    def start(self, wire: Wire, each: int, send: Sequence[int], receive: Sequence[int], asked: bool) -> int:
+        group = dist.get_process_group_ranks(wire.group)
         sizes = [[n * each for n in rows] for rows in (send, receive)]
-        self.actions.append({"group": ranks, "send": sizes[0], "receive": sizes[1]})
+        self.actions.append({"group": group, "send": sizes[0], "receive": sizes[1], "asked": asked})
         self._started += 1
         return self._started - 1
 
@@ -103,13 +107,25 @@ def slow_sender(latency: float) -> None:
 
 def taped(tape: Tape) -> None:
     """From now on what happens is written down."""
-    plain = Wire.start
+    plain, plain_ask = Wire.start, Wire.ask
+    inside = False  # an exchange that begins asks by itself
+
+    def size(rows: Tensor) -> int:
+        return rows.element_size() * rows.shape[1:].numel()
+
+    def ask(wire: Wire, like: Tensor, receive: Sequence[int], exact: bool = False) -> Asked:
+        if not inside:
+            tape.ask(wire, size(like), receive)
+        return plain_ask(wire, like, receive, exact)
 
     def start(
         wire: Wire, rows: Tensor, send: Sequence[int], receive: Sequence[int], *rest: Any, **more: Any
     ) -> Callable[[], Tensor]:
-        number = tape.start(wire, rows.element_size() * rows.shape[1:].numel(), send, receive)
+        nonlocal inside
+        number = tape.start(wire, size(rows), send, receive, more.get("asked") is not None)
+        inside = True
         wait = plain(wire, rows, send, receive, *rest, **more)
+        inside = False
 
         def waited() -> Tensor:
             tape.actions.append({"wait": number})
@@ -117,7 +133,7 @@ def taped(tape: Tape) -> None:
 
         return waited
 
-    Wire.start = start  # type: ignore[method-assign,assignment]
+    Wire.start, Wire.ask = start, ask  # type: ignore[method-assign,assignment]
     Sleeping.slept = lambda seconds: tape.actions.append({"seconds": seconds})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,16 @@ from torch import Tensor
 from moestro.parallel.traffic import Link, Phase, Traffic
 
 Works = list[Any]
+TAGS = 1 << 20  # exchanges that can be under way at once
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Rows that the other ranks were asked for, and where they will be."""
+
+    arrived: Tensor
+    works: Works
+    number: int
 
 
 class Wire:
@@ -35,6 +46,7 @@ class Wire:
         dtype: torch.dtype | None = None,
     ) -> None:
         self.group, self.traffic, self.dtype = group, traffic, dtype
+        self._asked = 0
         ranks = dist.get_process_group_ranks(group)
         self.size, self.rank = len(ranks), dist.get_rank(group)
         own = ranks[self.rank]
@@ -71,15 +83,20 @@ class Wire:
         name: str,
         phase: Phase,
         exact: bool = False,
+        asked: Asked | None = None,
     ) -> Callable[[], Tensor]:
-        """Begin an exchange; call what is returned to wait for the rows."""
-        narrow = self.dtype is not None and not exact and rows.is_floating_point()
-        wire_rows = (rows.to(self.dtype) if narrow else rows).contiguous()
-        arrived = wire_rows.new_empty(sum(receive), *rows.shape[1:])
+        """Begin an exchange; call what is returned to wait for the rows. `asked`: what `ask` answered for it."""
+        wire_rows = rows.to(self._dtype_of(rows, exact)).contiguous()
         each = wire_rows.element_size() * rows.shape[1:].numel()
         self.traffic.add(name, phase, [n * each for n in send], self.links)
-        begin = self._one_by_one if dist.get_backend(self.group) == "gloo" else self._all_at_once
-        works = begin(arrived, wire_rows, list(receive), list(send))
+        asked = asked or self.ask(rows, receive, exact)
+        if self._one_by_one:
+            here, there = asked.arrived.split(list(receive)), wire_rows.split(list(send))
+            works = asked.works + self._give(here, there, asked.number)
+        else:
+            splits = list(receive), list(send)
+            works = [dist.all_to_all_single(asked.arrived, wire_rows, *splits, self.group, async_op=True)]
+        arrived = asked.arrived
 
         def wait(kept: Tensor = wire_rows) -> Tensor:  # the back end reads the rows until then
             for work in works:
@@ -88,21 +105,43 @@ class Wire:
 
         return wait
 
-    def _all_at_once(self, arrived: Tensor, rows: Tensor, receive: list[int], send: list[int]) -> Works:
-        return [dist.all_to_all_single(arrived, rows, receive, send, self.group, async_op=True)]
-
-    def _one_by_one(self, arrived: Tensor, rows: Tensor, receive: list[int], send: list[int]) -> Works:
-        """All rows are asked for before any are sent, beginning with the next rank.
+    def ask(self, like: Tensor, receive: Sequence[int], exact: bool = False) -> Asked:
+        """Ask for the rows of an exchange that begins later; all ranks ask in the same order.
 
         gloo's own all-to-all sends first; between two ranks that do not start at the same moment its request for
         rows then waits behind the rows it sends, and one link carries one direction at a time: measured, twice the
-        time of an exchange with one other node.
+        time of an exchange with one other node. The same happens between exchanges that are under way together,
+        unless all are asked for before any rows are sent.
+
+        Args:
+            like: rows of the dtype and the width of those to come.
+            receive: rows from each rank.
+            exact: see `exchange`.
         """
-        here, there = arrived.split(receive), rows.split(send)
+        arrived = like.new_empty(sum(receive), *like.shape[1:], dtype=self._dtype_of(like, exact))
+        self._asked = (self._asked + 1) % TAGS
+        works: Works = []
+        if self._one_by_one:
+            here = arrived.split(list(receive))
+            turns = [r for r in reversed(self._turns()) if receive[r]]
+            works = [dist.irecv(here[r], group=self.group, group_src=r, tag=self._asked) for r in turns]
+        return Asked(arrived, works, self._asked)
+
+    def _give(self, here: Sequence[Tensor], there: Sequence[Tensor], number: int) -> Works:
+        """Rows to every rank, beginning with the next one; numbered, for a later exchange may be over earlier."""
         here[self.rank].copy_(there[self.rank])
-        turns = [(self.rank + turn) % self.size for turn in range(1, self.size)]
-        works = [dist.irecv(here[r], group=self.group, group_src=r) for r in reversed(turns) if receive[r]]
-        return works + [dist.isend(there[r], group=self.group, group_dst=r) for r in turns if send[r]]
+        turns = [r for r in self._turns() if len(there[r])]
+        return [dist.isend(there[r], group=self.group, group_dst=r, tag=number) for r in turns]
+
+    @property
+    def _one_by_one(self) -> bool:
+        return dist.get_backend(self.group) == "gloo"
+
+    def _turns(self) -> list[int]:
+        return [(self.rank + turn) % self.size for turn in range(1, self.size)]
+
+    def _dtype_of(self, rows: Tensor, exact: bool) -> torch.dtype:
+        return rows.dtype if self.dtype is None or exact or not rows.is_floating_point() else self.dtype
 
     def gather(
         self,

@@ -16,6 +16,7 @@ from moestro.parallel.network import Network, Trip
 from moestro.parallel.restore import Remembered, Restore, added
 from moestro.parallel.traffic import Phase, forward_phase
 from moestro.parallel.transports.base import Transport, transport
+from moestro.parallel.wire import Asked
 
 
 class Pipelined(Transport):
@@ -165,20 +166,28 @@ class _Pipeline:
         wire, parts = self.trip.network.expert, len(self.sizes)
         pieces = [each.rows.split(self.sizes) for each in sent]
 
-        def start(part: int) -> list[Callable[[], Tensor]]:
+        def ask(part: int) -> list[Asked]:
+            return [wire.ask(each.rows, self.receive[part]) for each in sent]
+
+        def start(part: int, asked: list[Asked]) -> list[Callable[[], Tensor]]:
             return [
-                wire.start(rows[part], self.send[part], self.receive[part], each.name, each.phase)
-                for each, rows in zip(sent, pieces, strict=True)
+                wire.start(rows[part], self.send[part], self.receive[part], each.name, each.phase, asked=answer)
+                for each, rows, answer in zip(sent, pieces, asked, strict=True)
             ]
 
-        going = [start(part) for part in range(min(self.ahead, parts))]
+        ahead = [ask(part) for part in range(min(self.ahead, parts))]
+        going = [start(part, asked) for part, asked in enumerate(ahead)]
+        back: list[Asked] = []
         coming = []
         for part in range(parts):
             if len(going) < parts:
-                going.append(start(len(going)))
+                going.append(start(len(going), ask(len(going))))
             done = compute(part, *(wait() for wait in going[part]))
             going[part] = []
-            coming.append(wire.start(done, self.receive[part], self.send[part], name, phase))
+            if len(back) <= part:  # results are asked for one by one until no more rows are
+                last = parts if len(going) == parts else part + 1
+                back += [wire.ask(done, self.send[each]) for each in range(part, last)]
+            coming.append(wire.start(done, self.receive[part], self.send[part], name, phase, asked=back[part]))
         return torch.cat([wait() for wait in coming])
 
     def experts(self, part: int, rows: Tensor, told: Callable[[Tensor], None]) -> Tensor:
