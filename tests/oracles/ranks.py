@@ -1,6 +1,6 @@
 """Run a function in several gloo processes at once, within a bounded time; what they return comes back.
 
-    python -m oracles.ranks '{"work": "oracles.some_module:function", "ranks": 4, "argument": ...}'
+    echo '{"work": "oracles.some_module:function", "ranks": 4, "argument": ...}' | python -m oracles.ranks
 
 One process imports what is needed and is then forked into the ranks, which is much cheaper than so many imports.
 They meet in a file and listen on the loopback device only.
@@ -31,8 +31,9 @@ def run_ranks(work: str, ranks: int, argument: Any = None, seconds: int = 120) -
     """
     job = {"work": work, "ranks": ranks, "argument": argument, "seconds": seconds}
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "error", "-m", "oracles.ranks", json.dumps(job)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=seconds + 120, check=False)
+    command = [sys.executable, "-W", "error", "-m", "oracles.ranks"]
+    how = {"env": env, "capture_output": True, "text": True, "timeout": seconds + 120, "check": False}
+    done = subprocess.run(command, input=json.dumps(job), **how)
     if done.returncode:
         raise RuntimeError(f"ranks failed ({done.returncode}):\n{done.stdout[-2000:]}\n{done.stderr[-8000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -85,4 +86,4 @@ def _main(job: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(_main(json.loads(sys.argv[1])))
+    sys.exit(_main(json.load(sys.stdin)))

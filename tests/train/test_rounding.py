@@ -16,6 +16,7 @@ def test_with_the_same_routes_processes_follow_the_curve_of_one(tmp_path):
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(7200)
 def test_nothing_but_choices_parts_the_curves_of_the_first_recipe(tmp_path, capsys):
     steps, recipe = 100, first_recipe("float32")
     one = curve(recipe, steps)
@@ -34,6 +35,7 @@ def test_nothing_but_choices_parts_the_curves_of_the_first_recipe(tmp_path, caps
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(7200)
 def test_in_float64_four_processes_follow_the_curve_of_one(tmp_path, capsys):
     recipe = first_recipe("float64")
     distance = curve(recipe, 100).distance(curve_of_several(recipe, 100, 4, tmp_path / "four", None))
