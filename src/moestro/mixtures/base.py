@@ -16,7 +16,7 @@ from sklearn.utils import Tags, check_random_state
 from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import _check_sample_weight
 
-from moestro.mixtures.choices import part, wrapped
+from moestro.mixtures.choices import feature_columns, part, wrapped
 from moestro.mixtures.experts import Expert
 from moestro.mixtures.fitted import FittedMixture
 from moestro.mixtures.fitting import em, gradient
@@ -25,7 +25,7 @@ from moestro.mixtures.fitting.stopping import STOPPING
 from moestro.mixtures.gates import GATES, Gate
 from moestro.mixtures.mixture import Mixture
 from moestro.mixtures.numerics import Array, softmax_rows
-from moestro.mixtures.rows import Rows, Scaling, merge_repeats
+from moestro.mixtures.rows import Rows, Scaling, Sides, merge_repeats
 
 _TRIAL = 100  # iterations that every start gets; only the best goes on
 
@@ -46,6 +46,8 @@ class MixtureOfExperts(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Fitted
         branching: tuple[int, ...] | None = None,
         gate: str | Gate = "softmax",
         expert: str | Expert = "linear",
+        gate_features: Any = None,
+        expert_features: Any = None,
         algorithm: str = "em",
         loss: str = "mixture",
         stopping: str = "change",
@@ -63,6 +65,8 @@ class MixtureOfExperts(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Fitted
         self.branching = branching
         self.gate = gate
         self.expert = expert
+        self.gate_features = gate_features
+        self.expert_features = expert_features
         self.algorithm = algorithm
         self.loss = loss
         self.stopping = stopping
@@ -112,18 +116,19 @@ class MixtureOfExperts(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Fitted
         num_experts = int(np.prod(branching))
         if weight.sum() < num_experts:
             raise ValueError(f"n_samples={len(y)} rows are fewer than n_experts={num_experts}; fit fewer experts")
-        previous = self._previous(gate, expert, num_experts, target)
-        scaling = self.scaling_ if previous else self._scaling_of(expert, x, target, weight)
-        rows = self._rows(gate, expert, scaling, x, target, weight)
+        columns = self._columns(expert)
+        previous = self._previous(gate, expert, columns, num_experts, target)
+        sides = self._sides if previous else Sides.of(self._scaling_of(expert, x, target, weight), *columns)
+        rows = self._rows(gate, expert, sides, x, target, weight)
         if previous:
             fits = [self._continue(previous, rows)]
         else:
             fits = self._restarts(
-                Mixture(gate, expert, {}, {}), branching, rows, scaling.x(expert.covariates(x)), used
+                Mixture(gate, expert, {}, {}), branching, rows, sides.whole.x(expert.covariates(x)), used
             )
         best = self._go_on(self._best(fits, rows), rows)
         em.warn_about(best, rows, self.tol, self.max_iter)
-        return self._keep(best, rows, scaling)
+        return self._keep(best, rows, sides)
 
     def _chosen_expert(self) -> Expert:
         found: Expert = part(wrapped(self.expert), self._experts, "expert")
@@ -176,15 +181,27 @@ class MixtureOfExperts(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Fitted
     def _scaling_of(expert: Expert, x: Array, y: Array, weight: Array) -> Scaling:
         return Scaling.of(expert.covariates(x), y, weight, expert.target == "real")
 
-    def _previous(self, gate: Gate, expert: Expert, num_experts: int, y: Array) -> Mixture | None:
+    def _columns(self, expert: Expert) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+        """Which covariates the gate and the experts read."""
+        names = getattr(self, "feature_names_in_", None)
+        places = expert.covariates(np.arange(self.n_features_in_, dtype=np.float64)[None])[0].astype(int)
+        return (
+            feature_columns(self.gate_features, places, names, "gate"),
+            feature_columns(self.expert_features, places, names, "expert"),
+        )
+
+    def _previous(
+        self, gate: Gate, expert: Expert, columns: tuple[Any, Any], num_experts: int, y: Array
+    ) -> Mixture | None:
         """The fitted mixture where warm_start can go on with it."""
         if not (self.warm_start and hasattr(self, "mixture_")):
             return None
         same = repr((gate, expert)) == repr((self.mixture_.gate, self.mixture_.expert))
+        same = same and columns == self._sides.columns
         shape = (num_experts, y.shape[1], self.n_features_in_)
         if not same or shape != self._fitted_shape:
             raise ValueError(
-                "warm_start=True needs the gate, expert, n_experts, features and targets of the first fit; "
+                "warm_start=True needs the gate, expert, features, n_experts and targets of the first fit; "
                 "set warm_start=False to start anew"
             )
         return self.mixture_
@@ -274,10 +291,10 @@ class MixtureOfExperts(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Fitted
 
         return report
 
-    def _keep(self, fit: em.Fit, rows: Rows, scaling: Scaling) -> Self:
+    def _keep(self, fit: em.Fit, rows: Rows, sides: Sides) -> Self:
         mixture = fit.mixture
         joint = mixture.joint(rows.u, rows.z, rows.y)
-        self.mixture_, self.scaling_ = mixture, scaling
+        self.mixture_, self.scaling_, self._sides = mixture, sides.whole, sides
         self.n_iter_, self.converged_ = max(fit.num_steps, 1), fit.converged
         volume = self._log_volume()
         squared = self.algorithm == "gradient" and self.loss != "mixture"  # an error has no units of density

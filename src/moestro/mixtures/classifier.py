@@ -28,8 +28,8 @@ class MixtureOfExpertsClassifier(ClassifierMixin, MixtureOfExperts):
             with other options.
         expert: "multinomial", "logistic" (two classes), "constant", "svm", "elm" (extreme learning machines), an
             expert object with other options, or any classifier of scikit-learn that takes sample_weight.
-        algorithm, stopping, tol, max_iter, n_init, init, warm_start, random_state, verbose, n_jobs: as for
-            `MixtureOfExpertsRegressor`.
+        gate_features, expert_features, algorithm, stopping, tol, max_iter, n_init, init, warm_start, random_state,
+            verbose, n_jobs: as for `MixtureOfExpertsRegressor`.
 
     Attributes: `classes_`, gate attributes as for `MixtureOfExpertsRegressor`, `expert_coef_`
     `[experts, classes, features]` and `expert_intercept_` `[experts, classes]` with the last class at 0 (one row,
@@ -45,6 +45,8 @@ class MixtureOfExpertsClassifier(ClassifierMixin, MixtureOfExperts):
         branching: tuple[int, ...] | None = None,
         gate: str | Gate = "softmax",
         expert: str | Expert = "multinomial",
+        gate_features: Any = None,
+        expert_features: Any = None,
         algorithm: str = "em",
         stopping: str = "change",
         tol: float = 1e-6,
@@ -61,6 +63,8 @@ class MixtureOfExpertsClassifier(ClassifierMixin, MixtureOfExperts):
             branching=branching,
             gate=gate,
             expert=expert,
+            gate_features=gate_features,
+            expert_features=expert_features,
             algorithm=algorithm,
             stopping=stopping,
             tol=tol,

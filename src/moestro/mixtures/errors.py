@@ -11,7 +11,7 @@ from scipy.optimize import linear_sum_assignment
 
 from moestro.mixtures.mixture import Mixture
 from moestro.mixtures.numerics import Array, softmax_rows
-from moestro.mixtures.rows import Rows, Scaling
+from moestro.mixtures.rows import Rows, Sides
 
 
 def covariance(mixture: Mixture, rows: Rows) -> Array:
@@ -45,19 +45,19 @@ def covariance(mixture: Mixture, rows: Rows) -> Array:
     return spread
 
 
-def attribute_errors(mixture: Mixture, rows: Rows, scaling: Scaling) -> dict[str, Any]:
+def attribute_errors(mixture: Mixture, rows: Rows, sides: Sides) -> dict[str, Any]:
     """Standard errors of the fitted attributes by the delta method, in the shapes of the attributes."""
     spread = covariance(mixture, rows)
     center = mixture.free()
     flat = np.isinf(np.diag(spread))
     known = np.where(np.isfinite(spread), spread, 0.0)
-    at_center = attributes(mixture, scaling)
+    at_center = attributes(mixture, sides)
     slopes: dict[str, list[Array]] = {name: [] for name in at_center}
     for k in range(len(center)):
         step = np.zeros_like(center)
         step[k] = 1e-6 * max(1.0, abs(center[k]))
-        above = attributes(mixture.restore(center + step), scaling)
-        below = attributes(mixture.restore(center - step), scaling)
+        above = attributes(mixture.restore(center + step), sides)
+        below = attributes(mixture.restore(center - step), sides)
         for name in slopes:
             slopes[name].append((above[name] - below[name]) / (2 * step[k]))
     found = {}
@@ -73,7 +73,7 @@ def attribute_errors(mixture: Mixture, rows: Rows, scaling: Scaling) -> dict[str
 def bootstrap_errors(
     mixture: Mixture,
     rows: Rows,
-    scaling: Scaling,
+    sides: Sides,
     refit: Callable[[Rows], Mixture],
     num_resamples: int,
     rng: np.random.RandomState,
@@ -94,16 +94,16 @@ def bootstrap_errors(
         order = linear_sum_assignment(-share.T @ softmax_rows(other.joint(rows.u, rows.z, rows.y))[1])[1]
         if not tree and (order != np.arange(len(order))).any():
             other = other.permute(order)
-        for name, value in attributes(other, scaling).items():
+        for name, value in attributes(other, sides).items():
             found.setdefault(name, []).append(value)
     return {name: np.std(values, axis=0, ddof=1) for name, values in found.items()}
 
 
-def attributes(mixture: Mixture, scaling: Scaling) -> dict[str, Array]:
+def attributes(mixture: Mixture, sides: Sides) -> dict[str, Array]:
     """Fitted attributes that are arrays, in the user's units."""
     every = {
-        **mixture.gate.attributes(mixture.gate_params, scaling),
-        **mixture.expert.attributes(mixture.expert_params, scaling),
+        **mixture.gate.attributes(mixture.gate_params, sides.gate),
+        **mixture.expert.attributes(mixture.expert_params, sides.expert),
     }
     return {name: np.asarray(value) for name, value in every.items() if not isinstance(value, list)}
 

@@ -18,7 +18,7 @@ from moestro.mixtures.experts import Expert
 from moestro.mixtures.gates import GATES, Gate, SoftmaxGate
 from moestro.mixtures.mixture import Mixture
 from moestro.mixtures.numerics import Array, softmax_rows
-from moestro.mixtures.rows import Rows, Scaling
+from moestro.mixtures.rows import Rows, Scaling, Sides
 
 
 def _generative(estimator: Any) -> bool:
@@ -34,6 +34,7 @@ class FittedMixture(BaseEstimator):
     random_state: Any
     mixture_: Mixture
     scaling_: Scaling
+    _sides: Sides  # scaling_, and its parts for gate and experts
     n_parameters_: int | None
     _fitted_shape: tuple[int, int, int]  # experts, outputs, features
 
@@ -45,35 +46,35 @@ class FittedMixture(BaseEstimator):
         """The mixture that other rows lead to from here."""
         raise NotImplementedError
 
-    def _rows(self, gate: Gate, expert: Expert, scaling: Scaling, x: Array, y: Array, weight: Array) -> Rows:
+    def _rows(self, gate: Gate, expert: Expert, sides: Sides, x: Array, y: Array, weight: Array) -> Rows:
         real = expert.target == "real"
         return Rows(
-            gate.design(expert.covariates(x), scaling),
-            expert.regressors(x, scaling),
-            scaling.y(y) if real else y,
+            gate.design(expert.covariates(x), sides.gate),
+            expert.regressors(x, sides.expert),
+            sides.whole.y(y) if real else y,
             weight,
-            scaling,
+            sides.expert,
             max(self.reg_covar, 1e-300),
         )
 
     def _describe(self) -> None:
         """Parameters in the user's units as attributes."""
         for params in (
-            self.mixture_.gate.attributes(self.mixture_.gate_params, self.scaling_),
-            self.mixture_.expert.attributes(self.mixture_.expert_params, self.scaling_),
+            self.mixture_.gate.attributes(self.mixture_.gate_params, self._sides.gate),
+            self.mixture_.expert.attributes(self.mixture_.expert_params, self._sides.expert),
         ):
             for name, value in params.items():
                 setattr(self, name, value)
 
     def _log_volume(self) -> float:
         """What the standardised log-density of a row is too large by."""
-        return self.scaling_.log_volume() + self.mixture_.gate.log_volume(self.scaling_)
+        return self.scaling_.log_volume() + self.mixture_.gate.log_volume(self._sides.gate)
 
     def _features(self, X: Any) -> tuple[Array, Array]:
         check_is_fitted(self)
         x = validate_data(self, X, dtype=np.float64, reset=False)
         gate, expert = self.mixture_.gate, self.mixture_.expert
-        return gate.design(expert.covariates(x), self.scaling_), expert.regressors(x, self.scaling_)
+        return gate.design(expert.covariates(x), self._sides.gate), expert.regressors(x, self._sides.expert)
 
     def _joint(self, X: Any, y: Any) -> tuple[Array, Array]:
         """Joint log-densities of expert and target (and input) in the user's units, and the gate features."""
@@ -118,7 +119,7 @@ class FittedMixture(BaseEstimator):
 
     def _log_prob_inputs(self, u: Array) -> Array:
         weight = self.mixture_.gate.log_weight(self.mixture_.gate_params, u)
-        return softmax_rows(weight)[0] - self.mixture_.gate.log_volume(self.scaling_)
+        return softmax_rows(weight)[0] - self.mixture_.gate.log_volume(self._sides.gate)
 
     @available_if(_generative)
     def score_samples(self, X: Any) -> Array:
@@ -180,9 +181,9 @@ class FittedMixture(BaseEstimator):
             raise ValueError(f"method={method!r} is unknown; pass oim or bootstrap")
         rows = self._rows_of(X, y, sample_weight)
         if method == "oim":
-            return errors.attribute_errors(self.mixture_, rows, self.scaling_)
+            return errors.attribute_errors(self.mixture_, rows, self._sides)
         rng = check_random_state(self.random_state)
-        return errors.bootstrap_errors(self.mixture_, rows, self.scaling_, self._refit, n_resamples, rng)
+        return errors.bootstrap_errors(self.mixture_, rows, self._sides, self._refit, n_resamples, rng)
 
     def summary(self, X: Any = None, y: Any = None, sample_weight: Any = None) -> str:
         """A table of the parameters; with X and y also of standard errors, AIC, BIC and ICL."""
@@ -197,14 +198,14 @@ class FittedMixture(BaseEstimator):
             found = self.standard_errors(X, y, sample_weight)
             criteria = {name: getattr(self, name)(X, y, sample_weight) for name in ("aic", "bic", "icl")}
             lines.append(" ".join(f"{name.upper()} {value:.3f}" for name, value in criteria.items()))
-        estimates = errors.attributes(self.mixture_, self.scaling_)
+        estimates = errors.attributes(self.mixture_, self._sides)
         return "\n".join([*lines, errors.table(estimates, found)])
 
     def _rows_of(self, X: Any, y: Any, sample_weight: Any) -> Rows:
         check_is_fitted(self)
         x = validate_data(self, X, dtype=np.float64, reset=False)
         weight = _check_sample_weight(sample_weight, x, dtype=np.float64, ensure_non_negative=True)
-        return self._rows(self.mixture_.gate, self.mixture_.expert, self.scaling_, x, self._known(y), weight)
+        return self._rows(self.mixture_.gate, self.mixture_.expert, self._sides, x, self._known(y), weight)
 
     def sort_experts(self, by: str | Callable[[Any], Any] = "weight") -> Self:
         """A copy with the experts of a flat mixture renumbered; predictions stay the same.

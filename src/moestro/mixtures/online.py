@@ -16,7 +16,7 @@ from moestro.mixtures.leaves import Leaves, LinearLeaves, LogitLeaves
 from moestro.mixtures.mixture import Mixture
 from moestro.mixtures.numerics import Array, softmax_rows
 from moestro.mixtures.regressor import MixtureOfExpertsRegressor
-from moestro.mixtures.rows import Scaling, merge_repeats, with_intercept
+from moestro.mixtures.rows import Scaling, Sides, merge_repeats, with_intercept
 
 
 class OnlineMixture(MixtureOfExperts):
@@ -86,6 +86,7 @@ class OnlineMixture(MixtureOfExperts):
         num, width = int(np.prod(branching)), x.shape[1] + 1
         columns = y.shape[1] - (expert.target == "class")  # the last class has logit 0
         self.scaling_ = Scaling.of(x, y, weight, expert.target == "real")
+        self._sides = Sides.of(self.scaling_)
         nodes = np.cumprod((1, *branching))
         gate = [0.1 * rng.standard_normal((nodes[i], b - 1, width)) for i, b in enumerate(branching)]
         self._leaves = self._leaf(0.5 * rng.standard_normal((num, width, columns)), self.prior, self.forgetting)

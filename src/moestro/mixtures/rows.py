@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -14,6 +15,7 @@ class Scaling:
     """Affine maps `x = x_center + x_scale * standardised` and the same for y.
 
     The targets share one scale, so that spherical stays spherical.
+    `columns` says which of `width` features these are; None means all.
     Shapes: x_center, x_scale `[features]`, y_center `[outputs]`.
     """
 
@@ -21,6 +23,8 @@ class Scaling:
     x_scale: Array
     y_center: Array
     y_scale: float
+    columns: tuple[int, ...] | None = None
+    width: int | None = None
 
     @classmethod
     def of(cls, x: Array, y: Array, weight: Array, scale_target: bool) -> Scaling:
@@ -33,8 +37,26 @@ class Scaling:
         spread = 1.0 if constant.all() else float(np.sqrt(np.mean(y_scale[~constant] ** 2)))
         return cls(center, scale, y_center, spread)
 
+    def only(self, columns: Sequence[int] | None) -> Scaling:
+        """The same maps for some of the features."""
+        if columns is None:
+            return self
+        at = list(columns)
+        return replace(
+            self, x_center=self.x_center[at], x_scale=self.x_scale[at], columns=tuple(at), width=self.num_features
+        )
+
+    @property
+    def num_features(self) -> int:
+        """Of the user's inputs, read or not."""
+        return len(self.x_center) if self.width is None else self.width
+
+    def select(self, x: Array) -> Array:
+        """The columns of these features, in the user's units."""
+        return x if self.columns is None else np.take(x, self.columns, axis=1)
+
     def x(self, x: Array) -> Array:
-        return (x - self.x_center) / self.x_scale
+        return (self.select(x) - self.x_center) / self.x_scale
 
     def y(self, y: Array) -> Array:
         return (y - self.y_center) / self.y_scale
@@ -44,9 +66,33 @@ class Scaling:
         return len(self.y_center) * float(np.log(self.y_scale))
 
     def plane(self, coef: Array) -> tuple[Array, Array]:
-        """Intercepts and slopes in the units of x, of linear predictors `[..., 1 + features]`."""
+        """Intercepts and slopes in the units of x, of linear predictors `[..., 1 + features]`; features that are
+        not read have slope 0."""
         slopes = coef[..., 1:] / self.x_scale
-        return coef[..., 0] - slopes @ self.x_center, slopes
+        intercept = coef[..., 0] - slopes @ self.x_center
+        if self.columns is None:
+            return intercept, slopes
+        every = np.zeros((*slopes.shape[:-1], self.num_features))
+        every[..., list(self.columns)] = slopes
+        return intercept, every
+
+
+@dataclass(frozen=True)
+class Sides:
+    """The scale of all features, of those that the gate reads, and of those that the experts read."""
+
+    whole: Scaling
+    gate: Scaling
+    expert: Scaling
+
+    @classmethod
+    def of(cls, whole: Scaling, gate: Sequence[int] | None = None, expert: Sequence[int] | None = None) -> Sides:
+        return cls(whole, whole.only(gate), whole.only(expert))
+
+    @property
+    def columns(self) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+        """What gate and experts read; None means all."""
+        return self.gate.columns, self.expert.columns
 
 
 @dataclass(frozen=True)
@@ -55,7 +101,8 @@ class Rows:
 
     Shapes: u `[rows, gate features]` with a leading 1, z `[rows, expert features]` with a leading 1,
     y `[rows, outputs]` (one column per class for classes), weight `[rows]`.
-    `floor` is the smallest variance that an expert may have, in standardised units.
+    `scaling` is that of the experts' features, `floor` the smallest variance that an expert may have, in
+    standardised units.
     """
 
     u: Array

@@ -35,7 +35,7 @@ class ExponentialFamilyGate(Gate):
         self.families = families
 
     def design(self, x: Array, scaling: Scaling) -> Array:
-        return x
+        return scaling.select(x)
 
     def _resolve(self, x: Array) -> tuple[str, ...]:
         if self.families == "auto":

@@ -51,13 +51,13 @@ def to_moe(model: Any, dtype: torch.dtype = torch.float64) -> MoE:
             "pass a fitted MixtureOfExpertsRegressor or MixtureOfExpertsClassifier"
         )
     check_is_fitted(model)
-    mixture, scaling = model.mixture_, model.scaling_
+    mixture, sides = model.mixture_, model._sides
     for part, known in ((mixture.gate, _SCORERS), (mixture.expert, _BANKS)):
         if type(part) not in known:
             names = ", ".join(kind.__name__ for kind in known)
             raise ValueError(f"{type(part).__name__} cannot become part of a layer; fit one of {names}")
-    scorer = _SCORERS[type(mixture.gate)](mixture.gate_params, scaling)
-    experts = _BANKS[type(mixture.expert)](mixture.expert, mixture.expert_params, scaling)
+    scorer = _SCORERS[type(mixture.gate)](mixture.gate_params, sides.gate)
+    experts = _BANKS[type(mixture.expert)](mixture.expert, mixture.expert_params, sides.expert)
     router = TokenChoice(scorer, EveryExpert(scorer.num_experts), softmax, as_is)
     return MoE(router, experts).to(dtype)
 
@@ -78,13 +78,22 @@ def _softmax_scorer(params: Params, scaling: Scaling) -> Scorer:
     levels = [_affine(slope.reshape(-1, slope.shape[-1]), bias.ravel()) for bias, slope in planes]
     if len(levels) == 1:
         return levels[0]
-    tree = Tree(len(scaling.x_center), [bias.shape[1] for bias, _ in planes])
+    tree = Tree(scaling.num_features, [bias.shape[1] for bias, _ in planes])
     for level, ours in zip(tree.levels, levels, strict=True):
         level.load_state_dict(ours.state_dict(), assign=True)
     return tree
 
 
+def _refuse_some_features(scaling: Scaling) -> None:
+    if scaling.columns is not None:
+        raise ValueError(
+            "a gate of densities of some of the features cannot become part of a layer; leave out gate_features or "
+            "fit gate='softmax'"
+        )
+
+
 def _gaussian_scorer(params: Params, scaling: Scaling) -> Scorer:
+    _refuse_some_features(scaling)
     num, width = params["mean"].shape
     lower = np.linalg.cholesky(params["covariance"] * np.outer(scaling.x_scale, scaling.x_scale))
     factor = np.linalg.inv(lower)  # S^-1 = L'L
@@ -99,7 +108,7 @@ def _gaussian_scorer(params: Params, scaling: Scaling) -> Scorer:
 
 def _constant_scorer(params: Params, scaling: Scaling) -> Scorer:
     bias = params["log_weight"]
-    return _affine(np.zeros((len(bias), len(scaling.x_center))), bias)
+    return _affine(np.zeros((len(bias), scaling.num_features)), bias)
 
 
 # slope and constant of a column's log-density, where it is affine in the column up to what all experts share
@@ -124,7 +133,9 @@ def _exponential_scorer(params: Params, scaling: Scaling) -> Scorer:
         )
     parts = [_AFFINE_FAMILIES[name](column[:, 0]) for name, column in zip(names, columns, strict=True)]
     slopes, constants = (np.stack(each, axis=1) for each in zip(*parts, strict=True))
-    return _affine(slopes, params["log_weight"] + constants.sum(1))
+    raw = replace(scaling, x_center=np.zeros(len(names)), x_scale=np.ones(len(names)))  # the gate saw raw x
+    bias = params["log_weight"] + constants.sum(1)
+    return _affine(raw.plane(np.column_stack([bias, slopes]))[1], bias)
 
 
 _SCORERS: dict[type, Callable[[Params, Scaling], Scorer]] = {

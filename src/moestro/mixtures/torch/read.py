@@ -21,7 +21,7 @@ from moestro.mixtures.gates import Params
 from moestro.mixtures.mixture import Mixture
 from moestro.mixtures.numerics import Array, predictions, scatter, softmax_rows
 from moestro.mixtures.regressor import MixtureOfExpertsRegressor
-from moestro.mixtures.rows import Rows, Scaling
+from moestro.mixtures.rows import Rows, Scaling, Sides
 from moestro.routers import Linear, Scorer, TokenChoice, as_is, softmax
 from moestro.routers.dense import EveryExpert
 from moestro.routers.gate_networks import Affine, Densities, Tree
@@ -59,9 +59,10 @@ def from_moe(layer: MoE, X: Any, y: Any, sample_weight: Any = None) -> MixtureOf
         )
     weight = _check_sample_weight(sample_weight, x, dtype=np.float64, ensure_non_negative=True)
     scaling = Scaling.of(x, target, weight, expert.target == "real")
-    rows = estimator._rows(gate, expert, scaling, x, target, weight)
+    sides = Sides.of(scaling)
+    rows = estimator._rows(gate, expert, sides, x, target, weight)
     first = Mixture(gate, expert, _gate_params(scorer, scaling), _expert_params(bank, scaling))
-    return estimator._keep(_with_spread(first, rows, estimator.tol), rows, scaling)
+    return estimator._keep(_with_spread(first, rows, estimator.tol), rows, sides)
 
 
 def _parts(layer: Any) -> tuple[AffineExperts, Scorer]:
