@@ -29,3 +29,13 @@ def test_a_negative_nan_is_as_large_as_any() -> None:
 def test_more_choices_than_experts_are_as_many_as_there_are() -> None:
     assert top_k(torch.rand(3, 4), 6).shape == (3, 4)
     assert top_k(torch.rand(300, 4), 6).shape == (300, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_experts_that_are_ruled_out_are_each_chosen_once(dtype: torch.dtype) -> None:
+    scores = torch.rand(100, 32, dtype=dtype)
+    scores[7, :] = -torch.inf
+    scores[8, 4:] = -torch.inf
+    expected = scores.sort(dim=-1, descending=True, stable=True).indices
+    assert torch.equal(top_k(scores, 8), expected[:, :8])
+    assert top_k(scores, 8)[7].tolist() == list(range(8))

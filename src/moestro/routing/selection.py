@@ -11,18 +11,40 @@ from torch import Tensor
 def top_k(scores: Tensor, k: int) -> Tensor:
     """Indices of the k largest scores along the last dimension, largest first; ties go to the lowest index.
 
-    `torch.topk` promises no order among equals (on a CPU the highest index wins). Large float32 scores become keys
-    that hold the index too, so that none are equal; a stable sort, two to seven times slower from 64 experts up,
-    serves the rest. NaN counts as largest.
+    `torch.topk` promises no order among equals (on a CPU the highest index wins). Few of many on a CPU are found by
+    one maximum after the other, two to six times quicker than otherwise. Other large float32 scores become keys that
+    hold the index too, so that none are equal; a stable sort serves the rest. NaN counts as largest.
 
     Shapes: scores `[..., experts]` -> `[..., k]` int64.
     """
-    if scores.dtype == torch.float64 or scores.numel() < _MANY or torch.compiler.is_compiling():
-        return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    if scores.numel() < _MANY or torch.compiler.is_compiling() or not scores.is_floating_point():
+        return _sorted(scores, k)
+    if 0 < _FEW * k <= scores.shape[-1] and scores.device.type == "cpu":
+        found = _maxima(scores.detach(), k)
+        if found is not None:
+            return found
+    if scores.dtype == torch.float64:
+        return _sorted(scores, k)
     return _keys(scores).topk(min(k, scores.shape[-1]), dim=-1).indices
 
 
 _MANY = 1024
+_FEW = 4  # times k: among fewer experts a search for all k at once is quicker
+
+
+def _sorted(scores: Tensor, k: int) -> Tensor:
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+
+
+def _maxima(scores: Tensor, k: int) -> Tensor | None:
+    """One maximum after the other, of equals the first; None if infinite scores leave no mark for those taken."""
+    rest, index = scores.clone(), list[Tensor]()
+    for _ in range(k):
+        for taken in index[-1:]:
+            rest.scatter_(-1, taken, -torch.inf)
+        value, first = rest.max(dim=-1, keepdim=True)
+        index.append(first)
+    return None if bool((value == -torch.inf).any()) else torch.cat(index, dim=-1)
 
 
 def _keys(scores: Tensor) -> Tensor:
