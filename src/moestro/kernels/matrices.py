@@ -61,7 +61,7 @@ class Matrices:
     def multiply_transposed(self, chunk: Chunk, rows: Tensor, out: Tensor) -> None:
         """`out = rows W_e^T`, `[rows, columns] -> [rows, in]`."""
         if chunk.index is not None:
-            torch.bmm(chunk.batch(rows), self._weights(chunk.index).transpose(1, 2), out=chunk.batch(out))
+            torch.bmm(chunk.batch(rows), self._weights(chunk).transpose(1, 2), out=chunk.batch(out))
             return
         for number, (part, block) in enumerate(self._blocks(rows)):
             for e, x, y in chunk.pieces(block, out):
@@ -85,23 +85,24 @@ class Matrices:
     def _weight(self, part: _Part, e: int) -> Tensor:
         return part.weight_of[e].to(self._dtype)
 
-    def _weights(self, experts: Tensor) -> Tensor:
-        """All weights of these experts side by side, `[experts, in, columns]`, copied."""
-        if len(self._parts) == 1:
-            return self._parts[0].weight.index_select(0, experts).to(self._dtype)
+    def _weights(self, chunk: Chunk) -> Tensor:
+        """All weights of the chunk's experts side by side, `[experts, in, columns]`, cast as they are copied."""
         like = self._parts[0].weight
-        both = torch.empty(len(experts), like.shape[1], self.columns, dtype=self._dtype, device=like.device)
+        weights = torch.empty(
+            len(chunk.experts), like.shape[1], self.columns, dtype=self._dtype, device=like.device
+        )
         for part in self._parts:
-            both[..., part.columns].copy_(part.weight.index_select(0, experts))
-        return both
+            places = weights[..., part.columns].unbind(0)
+            torch._foreach_copy_(places, [part.weight_of[e] for e in chunk.experts])
+        return weights
 
     def _multiply_batch(self, chunk: Chunk, experts: Tensor, rows: Tensor, out: Tensor) -> None:
         biases = [part.bias.index_select(0, experts) for part in self._parts if part.bias is not None]
         if biases:
             bias = torch.cat(biases, -1).unsqueeze(1)
-            torch.baddbmm(bias, chunk.batch(rows), self._weights(experts), out=chunk.batch(out))
+            torch.baddbmm(bias, chunk.batch(rows), self._weights(chunk), out=chunk.batch(out))
         else:
-            torch.bmm(chunk.batch(rows), self._weights(experts), out=chunk.batch(out))
+            torch.bmm(chunk.batch(rows), self._weights(chunk), out=chunk.batch(out))
 
 
 class Gradients:
@@ -130,7 +131,7 @@ class Gradients:
         columns = gradient.shape[1] // len(names)
         blocks = {name: slice(i * columns, (i + 1) * columns) for i, name in enumerate(names) if name in self.found}
         if chunk.index is not None:
-            self._add_batch(blocks, chunk, chunk.index, rows, gradient)
+            self._add_batch(blocks, chunk, rows, gradient)
             return
         for name, block in blocks.items():
             for e, x, g in chunk.groups(rows, gradient[:, block]):
@@ -140,9 +141,7 @@ class Gradients:
                 else:
                     target.copy_(torch.mm(x.t(), g))
 
-    def _add_batch(
-        self, blocks: Mapping[str, slice], chunk: Chunk, experts: Tensor, rows: Tensor, gradient: Tensor
-    ) -> None:
+    def _add_batch(self, blocks: Mapping[str, slice], chunk: Chunk, rows: Tensor, gradient: Tensor) -> None:
         """One product for all parameters side by side: it reads the rows once, and wide products are quicker."""
         if not blocks:
             return
@@ -151,7 +150,7 @@ class Gradients:
         products = torch.bmm(chunk.batch(rows).transpose(1, 2), chunk.batch(wanted))
         for name, block in blocks.items():
             mine = products[..., block.start - first : block.stop - first]
-            self.found[name].index_copy_(0, experts, mine.to(self.found[name].dtype))
+            torch._foreach_copy_([self._slices[name][e] for e in chunk.experts], mine.unbind(0))
 
     def add_bias(self, name: str, chunk: Chunk, gradient: Tensor, scale: Tensor | None = None) -> None:
         """The sum of each expert's gradient rows, each times its entry of scale `[rows, 1]`."""
