@@ -15,6 +15,7 @@ from moestro.experts.parallel import parallel_banks
 from moestro.layers import Gradients
 from moestro.parallel import Mesh
 from moestro.train.culprit import Culprit
+from moestro.train.optimiser import gradient_norm
 from moestro.train.team import Team
 
 
@@ -69,7 +70,7 @@ class NoExchange(Exchange):
     def gradients(self, model: nn.Module) -> None: ...
 
     def norm(self, model: nn.Module) -> Tensor:
-        return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        return gradient_norm(model.parameters())
 
     def summed(self, values: Tensor) -> Tensor:
         return values

@@ -21,6 +21,7 @@ from moestro.train.errors import NonFiniteLoss
 from moestro.train.exchange import Exchange, NoExchange
 from moestro.train.machine import Machine
 from moestro.train.objectives import Objective, objective_for
+from moestro.train.optimiser import clipped_step
 from moestro.train.sound import Soundness
 
 Statistics = Literal["micro-batch", "step"]
@@ -102,12 +103,13 @@ class Stepper:
         parts = [self._backward(*part, totals) for part in self._parts(batch)]
         self.exchange.gradients(self.model)
         total = self._added_up(parts)
-        loss, auxiliary, grad_norm = total.pop("loss"), total.pop("auxiliary_loss"), float(self._gradient_norm())
+        loss, auxiliary = total.pop("loss"), total.pop("auxiliary_loss")
+        grad_norm = float(self.exchange.norm(self.model))
         if not all(map(math.isfinite, (loss, auxiliary, grad_norm))):
             raise self._failure(batch, step, _bad_figure(loss, auxiliary))
         if self.sound.every and not self.exchange.all_true(self.sound(step)):
             raise self._failure(batch, step, "a weight or the optimiser's state is not finite")
-        self.optimiser.step()
+        clipped_step(self.optimiser, self.model.parameters(), grad_norm, self.clip)
         self.exchange.settle(self.model)
         if self.log is not None:
             self.log.update_controllers()
@@ -156,12 +158,6 @@ class Stepper:
         (learned * weight + auxiliary).backward()
         measured = {"loss": measured_loss * weight, "auxiliary_loss": auxiliary.detach().float()}
         return measured | {name: value * mine for name, value in named.items()}
-
-    def _gradient_norm(self) -> Tensor:
-        norm = self.exchange.norm(self.model)
-        if self.clip:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip, norm)
-        return norm
 
     def _failure(self, batch: Batch, step: int, what: str) -> NonFiniteLoss:
         """The error that names the first bad number, found by running the batch once more."""
