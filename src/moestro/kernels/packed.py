@@ -20,6 +20,7 @@ from moestro.kernels.compiled import why_not
 
 GROUPS = (32, 64, 128, 256)  # inputs that may share a scale in 4 bits
 _BLOCK = 64  # outputs that the packed format of 4 bits interleaves
+_ROWS_AT_ONCE = 512  # that are rounded: as many floats stay in a cache, and need no memory from the kernel
 _MOST = 15  # the largest multiple of a row's scale that a group may have: 15 * 8 fits into int8
 
 
@@ -99,11 +100,18 @@ PackedMatrix = Int8Matrix | Int4Matrix
 
 def integer_product(codes: Tensor, row_scale: Tensor, matrix: PackedMatrix) -> Tensor:
     """Rows that `quantise_rows` made, times the matrix -> `[rows, out]` bfloat16."""
-    return (matrix.sums(codes) * matrix.unit).mul_(row_scale).bfloat16()
+    return matrix.sums(codes).float().mul_(matrix.unit).mul_(row_scale).bfloat16()
 
 
 def quantise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Rows in 8 bits, each with a scale of its own: codes `[rows, in]` int8, scale `[rows, 1]` float32."""
+    parts = [_quantise_rows(part) for part in rows.split(_ROWS_AT_ONCE)]
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([codes for codes, _ in parts]), torch.cat([scale for _, scale in parts])
+
+
+def _quantise_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     rows = rows.float()
     scale = rows.abs().amax(1, keepdim=True).clamp_(min=1e-30).div_(127)
     return rows.div(scale).round_().to(torch.int8), scale
