@@ -4,9 +4,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from moestro.experts import GLU, MLP, QuantisedExperts, make_experts, quantise
+from moestro.experts import (
+    GLU,
+    MLP,
+    FeedForward,
+    GatedFeedForward,
+    QuantisedExperts,
+    make_experts,
+    quantise,
+    quantise_feed_forward,
+)
 from moestro.experts.activations import ACTIVATIONS, GATED, PLAIN
-from moestro.experts.compiled import CompiledBank, suits_compiled
+from moestro.experts.compiled import CompiledBank, CompiledNetwork, suits_compiled, suits_compiled_network
 from moestro.inference import lay_out_for_decoding
 from moestro.kernels.compiled import why_not
 
@@ -99,6 +108,41 @@ def test_equals_a_loop_in_float64(layout, count, threads):
             assert far(y[0] - residual[0], expected) < (2e-2 if layout == "4 bits" else 2e-5), case
             expected += residual[0]
             assert far(y[0], expected) < (2e-2 if layout == "4 bits" else 2e-5), case
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_network_equals_itself_in_float64(layout, gated, threads):
+    threads(2)
+    for number, (width, hidden, *_) in enumerate(SIZES):
+        for activation in ACTIVATIONS:
+            module, share = FeedForward(width, hidden, activation, bias=number % 2 == 1), torch.ones(())
+            for name, parameter in module.named_parameters():
+                if name.endswith("bias"):
+                    torch.nn.init.normal_(parameter)
+            module = module if layout.endswith("bits") else module.to(getattr(torch, layout.split()[0]))
+            oracle = FeedForward(width, hidden, activation, bias=number % 2 == 1).double()
+            oracle.load_state_dict({name: tensor.double() for name, tensor in module.state_dict().items()})
+            if layout.endswith("rows"):
+                lay_out_for_decoding(module, "compiled")
+                assert module.up.mT.is_contiguous()
+            if layout.endswith("bits"):
+                module = quantise_feed_forward(module, int(layout[0]), group=32)[0]
+            row, residual = torch.randn(1, width), torch.randn(1, width)
+            expected = oracle(row.double())
+            if layout.endswith("bits"):
+                expected = by_hand(module.bank, row[0], [0], [1.0]).unsqueeze(0)
+            if gated:
+                inner, module = module, GatedFeedForward(FeedForward(width, hidden, activation))
+                module.inner = inner
+                module.weight.normal_(0, width**-0.5)
+                share = torch.sigmoid(row.double() @ module.weight.double())
+            assert suits_compiled_network(module)
+            y = CompiledNetwork(module)(row, residual)
+            far_off = far(y - residual, share * expected)
+            assert far_off < (2e-2 if layout == "4 bits" else 2e-5), (width, hidden, activation, far_off)
+    assert not suits_compiled_network(torch.nn.Linear(8, 8))
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from moestro.inference import generate, lay_out_for_decoding, plan_decoding, quantise_model
 from moestro.inference.attention_step import CachedAttention
-from moestro.inference.compiled_step import CompiledAttention, CompiledMixture
+from moestro.inference.compiled_step import CompiledAttention, CompiledDense, CompiledMixture
 from moestro.inference.decoding import Decoder, suits_decoder
 from moestro.inference.feed_forward_step import MixtureStep
 from moestro.kernels.compiled import why_not
@@ -52,6 +52,26 @@ def test_equals_the_model_for_every_attention(num_kv_heads, qk_norm, steps):
     kind = CachedAttention if steps == "torch" else CompiledAttention
     assert isinstance(Decoder(model, model.new_cache(1, 4), steps=steps).steps[0], kind)
     assert_close(*both(model, tokens_for(model, batch=1, length=LENGTH), steps), rtol=1e-4, atol=1e-4)
+
+
+@needs_compiled
+@pytest.mark.parametrize("bits", [32, 16, 8, 4])
+@pytest.mark.parametrize("method", ["qwen-moe", "deepseekmoe"])
+def test_compiles_shared_experts_dense_layers_and_biases(method, bits):
+    biases = {"attention_bias": "all", "head_bias": True, "expert_bias": method == "qwen-moe"}
+    model = tiny_model(method, num_kv_heads=2, first_dense=1, tied_embeddings=False, **biases)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    model = model if bits == 32 else model.bfloat16()
+    if bits < 16:
+        quantise_model(model, bits, group=32)
+    lay_out_for_decoding(model, "compiled")
+    kinds = [type(step) for step in Decoder(model, model.new_cache(1, 4), steps="compiled").steps]
+    assert kinds == [CompiledAttention, CompiledDense, *[CompiledAttention, CompiledMixture] * 2]
+    assert plan_decoding(model) == "compiled steps for 6 of 6 half layers"
+    decoded, whole = both(model, tokens_for(model, batch=1, length=LENGTH), "compiled")
+    assert float((decoded.float() - whole.float()).norm() / whole.float().norm()) < (1e-5 if bits == 32 else 0.04)
 
 
 @each_kind
@@ -150,7 +170,8 @@ def test_the_plan_says_what_will_decode():
     if why_not() is None:
         both_halves = 2 * len(model.blocks)
         assert plan_decoding(model) == f"compiled steps for {both_halves} of {both_halves} half layers"
-        assert "torch's operators for the others" in plan_decoding(tiny_model(None))
+        latent = tiny_model(attention="latent", kv_lora_rank=8, rope_dim=4)
+        assert plan_decoding(latent) == "compiled steps for 3 of 6 half layers, torch's operators for the others"
 
 
 def test_the_plan_names_what_is_missing(monkeypatch):

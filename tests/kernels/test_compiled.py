@@ -27,7 +27,8 @@ def test_a_linear_map_equals_its_weights(bits, threads):
     try:
         torch.set_num_threads(threads)
         for inputs, outputs in ((64, 64), (96, 320), (1, 1), (100, 7), (257, 130)):
-            linear = nn.Linear(inputs, outputs, bias=False)
+            biased = outputs < 100
+            linear = nn.Linear(inputs, outputs, bias=biased)
             row = torch.randn(1, inputs)
             if bits < 16:
                 linear = quantise_linear(linear, bits, group=32)[0]
@@ -37,12 +38,12 @@ def test_a_linear_map_equals_its_weights(bits, threads):
                 weight = linear.weight.detach().float()
             layouts = [linear]
             if bits == 16:
-                layouts.append(nn.Sequential(nn.Linear(inputs, outputs, bias=False).bfloat16()))
-                layouts[1].load_state_dict({"0.weight": linear.weight})
+                layouts.append(nn.Sequential(nn.Linear(inputs, outputs, bias=biased).bfloat16()))
+                layouts[1].load_state_dict({f"0.{name}": each for name, each in linear.state_dict().items()})
                 lay_out_for_decoding(layouts[1], "torch")
                 layouts[1] = layouts[1][0]
                 assert layouts[1].weight.t().is_contiguous()
-            expected = row.double() @ weight.double().t()
+            expected = row.double() @ weight.double().t() + (linear.bias.detach().double() if biased else 0)
             for module in layouts:
                 y = CompiledMap(module)(row)
                 far = float((y.double() - expected).norm() / expected.norm())

@@ -1,4 +1,4 @@
-"""The experts that one token chose, as one compiled call over the memory of their bank."""
+"""The experts that one token chose, or a dense network, as one compiled call over the memory of their weights."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moestro.experts.activations import is_gated
+from moestro.experts.bank import bank_of_one
 from moestro.experts.base import Experts
 from moestro.experts.glu import GLU
 from moestro.experts.mlp import MLP
 from moestro.experts.quantised import QuantisedExperts
+from moestro.experts.quantised_maps import QuantisedFeedForward
 from moestro.experts.quantised_stack import QuantisedStack
+from moestro.experts.single import FeedForward, GatedFeedForward
 
 _SAME = {"swiglu": "silu", "geglu": "gelu"}  # what a gated unit applies to its gate
 
@@ -82,6 +85,41 @@ class CompiledBank:
             active_rounded=Rounded(chosen, outer.inputs, outer.group),
             outer_sums=outer.sums(parts),
         )
+
+
+class CompiledNetwork:
+    """`y = residual + f(row)` of a dense network or a shared expert, for one token: a `CompiledBank` of one.
+
+    Args:
+        module: one that `suits_compiled_network`.
+
+    Shapes: row and residual `[1, width]` float32 -> `[1, width]`.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        bank, self.gate = _bank_and_gate(module)
+        assert bank is not None
+        self.bank, self.index, self.one = CompiledBank(bank), torch.zeros(1, dtype=torch.int64), torch.ones(1, 1)
+
+    def __call__(self, row: Tensor, residual: Tensor) -> Tensor:
+        weight = self.one if self.gate is None else torch.sigmoid(row @ self.gate.float())
+        return self.bank(row, self.index, weight, residual)
+
+
+def suits_compiled_network(module: nn.Module) -> bool:
+    """Whether a `CompiledNetwork` can be made of a module."""
+    bank, _ = _bank_and_gate(module)
+    return bank is not None and suits_compiled(bank)
+
+
+def _bank_and_gate(module: nn.Module) -> tuple[GLU | MLP | QuantisedExperts | None, Tensor | None]:
+    """The network as a bank of one, None for what is no such network; and the weight `[width, 1]` of its gate."""
+    gate = None
+    if type(module) is GatedFeedForward:
+        gate, module = module.weight.detach(), module.inner
+    if type(module) is QuantisedFeedForward:
+        return module.bank, gate
+    return (bank_of_one(module) if type(module) is FeedForward else None), gate
 
 
 def suits_compiled(bank: Experts) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moestro.experts.bank import make_experts
+from moestro.experts.bank import bank_of_one
 from moestro.experts.quantised import QuantisedExperts, quantise
 from moestro.experts.quantised_stack import QuantisedStack, TensorError
 from moestro.experts.single import FeedForward
@@ -70,9 +70,5 @@ def quantise_feed_forward(
     network: FeedForward, bits: int = 8, group: int = 64
 ) -> tuple[QuantisedFeedForward, list[TensorError]]:
     """A dense network in 8 or 4 bits, and how far each tensor is from what it was; see `quantise`."""
-    with torch.device("meta"):
-        bank = make_experts(1, network.width, network.hidden, network.activation, network.bias)
-    state = {name: parameter.detach().unsqueeze(0) for name, parameter in network.named_parameters()}
-    bank.load_state_dict(state, assign=True)
-    experts, errors = quantise(bank, bits, group)
+    experts, errors = quantise(bank_of_one(network), bits, group)
     return QuantisedFeedForward(experts), errors

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moestro.experts import QuantisedLinear
-from moestro.experts.compiled import CompiledBank, stack_matrix, suits_compiled
+from moestro.experts.compiled import (
+    CompiledBank,
+    CompiledNetwork,
+    stack_matrix,
+    suits_compiled,
+    suits_compiled_network,
+)
 from moestro.inference.attention_step import by_head, head_weights
 from moestro.inference.feed_forward_step import Choice
 from moestro.inference.moment import Moment
@@ -18,14 +25,19 @@ from moestro.models.cache import LayerCache
 
 
 def linear_matrix(module: nn.Module) -> Any:
-    """The matrix of a linear map as compiled steps read it; None for maps that they do not know."""
+    """The matrix of a linear map as compiled steps read it, without bias; None for maps that they do not know."""
     from moestro.kernels.compiled.memory import float_matrix
 
-    if type(module) is QuantisedLinear and module.bias is None:
+    if type(module) is QuantisedLinear:
         return stack_matrix(module.matrix)
-    if type(module) is nn.Linear and module.bias is None:
+    if type(module) is nn.Linear:
         return float_matrix(module.weight.detach().unsqueeze(0).transpose(1, 2))
     return None
+
+
+def float_bias(module: Any) -> Tensor | None:
+    """A copy of the bias of a linear map in float32, None without."""
+    return None if module.bias is None else module.bias.detach().to(torch.float32, copy=True).contiguous()
 
 
 class CompiledMap:
@@ -44,12 +56,12 @@ class CompiledMap:
         sums = matrix.sums(parts)
         rounded = Rounded(parts, matrix.inputs, matrix.group)
         self.call = Call(linear_step(), LINEAR, parts, row=self.row, matrix=matrix, rounded=rounded, sums=sums)
-        self.out = sums[0, :, : module.out_features]
+        self.out, self.bias = sums[0, :, : module.out_features], float_bias(module)
 
     def __call__(self, row: Tensor) -> Tensor:
         self.row[:, : self.inputs] = row
         self.call()
-        return self.out
+        return self.out if self.bias is None else self.out.add_(self.bias)
 
 
 class CompiledAttention:
@@ -88,6 +100,8 @@ class CompiledAttention:
             bfloat16=int(keys.dtype == torch.bfloat16),
             qkv=qkv,
             output=output,
+            qkv_bias=float_bias(attention.qkv),
+            output_bias=float_bias(attention.output),
             norm_weight=norm.weight.contiguous(),
             head_weight=head_weights(attention),
             keys=keys,
@@ -133,16 +147,46 @@ class CompiledMixture:
         assert block.moe is not None
         self.norm, self.choice = Norm(block.ffn_norm), Choice(block.moe.router)
         self.experts = CompiledBank(block.moe.experts)  # type: ignore[arg-type]
-        self.shared = None if block.moe.shared is None else as_map(block.moe.shared, dtype)
+        self.shared = None if block.moe.shared is None else _shared(block.moe.shared, dtype)
 
     def __call__(self, x: Tensor, moment: Moment) -> Tensor:
         row = self.norm(x)
         index, weight = self.choice(row)
         if self.shared is not None:
-            x = x + self.shared(row)
+            x = self.shared(row, x)
         return self.experts(row, index, weight, x)
+
+
+def _shared(module: nn.Module, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
+    """`y = residual + f(row)` of a shared expert, by torch's operators where compiled steps do not know it."""
+    if suits_compiled_network(module):
+        return CompiledNetwork(module)
+    plain = as_map(module, dtype)
+    return lambda row, residual: residual + plain(row)
 
 
 def suits_compiled_mixture(block: Block) -> bool:
     """Whether a `CompiledMixture` can be made of a block whose mixture `routes_plainly`."""
     return block.moe is not None and suits_compiled(block.moe.experts)
+
+
+class CompiledDense:
+    """A dense feed-forward network with its norm and residual connection as one call.
+
+    Args:
+        block: whose dense network `suits_compiled_network`.
+
+    Shapes: x `[1, width]` float32 -> the same.
+    """
+
+    def __init__(self, block: Block) -> None:
+        assert block.ffn is not None
+        self.norm, self.network = Norm(block.ffn_norm), CompiledNetwork(block.ffn)
+
+    def __call__(self, x: Tensor, moment: Moment) -> Tensor:
+        return self.network(self.norm(x), x)
+
+
+def suits_compiled_dense(block: Block) -> bool:
+    """Whether a `CompiledDense` can be made of a block."""
+    return block.ffn is not None and suits_compiled_network(block.ffn)

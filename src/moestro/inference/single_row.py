@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moestro.experts import GLU, MLP, QuantisedLinear
+from moestro.experts import GLU, MLP, FeedForward, QuantisedLinear
 from moestro.inference.choose_steps import choose_steps
 from moestro.models.norm import RMSNorm
 
@@ -48,12 +48,12 @@ def lay_out_for_decoding(model: nn.Module, steps: str = "auto") -> None:
     """Lay matrices out as steps of decoding read them fastest, in place: values, shapes and names stay as they are.
 
     torch's operators want bfloat16 maps input by input: one row then reads memory at 42 instead of 21 GB/s (2
-    threads, see `benchmarks/model.py`). Compiled steps read maps as they are, and want stacks of experts output by
-    output: 66 instead of 41 GB/s. A head that shares its matrix with the embedding is left alone, since the
-    embedding reads whole rows.
+    threads, see `benchmarks/model.py`). Compiled steps read maps as they are, and want experts, stacked or
+    alone, output by output: 66 instead of 41 GB/s. A head that shares its matrix with the embedding stays, since
+    the embedding reads whole rows.
 
     Args:
-        model: on a CPU; only bfloat16 maps, and float32 or bfloat16 stacks, are touched.
+        model: on a CPU; only bfloat16 maps, and float32 or bfloat16 networks, are touched.
         steps: as `generate` takes them.
 
     Raises:
@@ -62,7 +62,7 @@ def lay_out_for_decoding(model: nn.Module, steps: str = "auto") -> None:
     compiled = choose_steps(steps) == "compiled"
     tables = {module.weight.data_ptr() for module in model.modules() if isinstance(module, nn.Embedding)}
     for module in model.modules():
-        if compiled and type(module) in (GLU, MLP):
+        if compiled and type(module) in (GLU, MLP, FeedForward):
             for name in ("gate", "up", "down"):
                 _turn(getattr(module, name, None))
         elif not compiled and type(module) is nn.Linear and module.weight.dtype == torch.bfloat16:

@@ -56,6 +56,8 @@ class CompiledSteps:
         return self.kinds.suits_compiled_attention(block)
 
     def compiles_feed_forward(self, block: Block) -> bool:
+        if block.ffn is not None:
+            return self.kinds.suits_compiled_dense(block)
         return self.torch.plain and self.kinds.suits_compiled_mixture(block)
 
     def map(self, module: nn.Module) -> Map:
@@ -71,6 +73,8 @@ class CompiledSteps:
     def feed_forward(self, block: Block) -> Step:
         if not self.compiles_feed_forward(block):
             return self.torch.feed_forward(block)
+        if block.ffn is not None:
+            return self.kinds.CompiledDense(block)
         return self.kinds.CompiledMixture(block, self.torch.dtype)
 
 

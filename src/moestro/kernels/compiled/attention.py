@@ -35,7 +35,7 @@ NORMS = ("none", "head", "full")
 FIELDS = (
     *("x", "out", "cosine", "sine", "position"),  # set for every token
     *("width", "heads", "kv_heads", "dim", "positions", "norm", "bfloat16"),
-    *("qkv", "output", "norm_weight", "head_weight", "keys", "values"),
+    *("qkv", "output", "qkv_bias", "output_bias", "norm_weight", "head_weight", "keys", "values"),
     *("row", "rounded", "projected", "queries", "scores", "mixed", "sums"),
 )
 ATTENTION = np.dtype(
@@ -43,7 +43,8 @@ ATTENTION = np.dtype(
 )
 """A call. Addresses, of float32 unless said otherwise:
 
-x, out and norm_weight `[width]`, cosine and sine `[dim / 2]`; qkv and output: MATRIX records; head_weight
+x, out and norm_weight `[width]`, cosine and sine `[dim / 2]`; qkv and output: MATRIX records; their biases
+`[(heads + 2 kv_heads) dim]` and `[width]`, 0 = none; head_weight
 `[heads + kv_heads, dim]`: weights of the norms of queries and keys, those of queries times the scale of the scores;
 keys and values `[kv_heads, positions, dim]` float32 or bfloat16; row `[parts, in of qkv]`, rounded: a ROUNDED
 record per part, projected `[parts or 1, out of qkv]`, queries `[heads, dim]`, scores `[parts, positions]`, mixed
@@ -146,6 +147,16 @@ def _over_cache(call: Any, keys: Any, values: Any, part: int, parts: int) -> Non
     _attend_heads(call, keys, values, part, parts)
 
 
+@numba.njit(fastmath=True)
+def _add_bias(bias: int, first: int, last: int, sums: int) -> None:
+    """Add to some outputs of a map, by address; a bias of 0 is none."""
+    if bias != 0 and first < last:
+        numbers = view(bias + 4 * first, last - first, np.float32)
+        out = view(sums + 4 * first, last - first, np.float32)
+        for o in range(len(out)):
+            out[o] += numbers[o]
+
+
 @cache
 def attention_step() -> Any:
     """The compiled step: what every thread does with an ATTENTION."""
@@ -164,6 +175,7 @@ def attention_step() -> Any:
             round_row(row, qkv.group, 0, qkv.inputs // qkv.group, rounded)
         first, last = spread(qkv, 0, row, rounded, call.projected, part, parts)
         gather(qkv, call.projected, first, last, parts)
+        _add_bias(call.qkv_bias, first, min(last, (call.heads + 2 * call.kv_heads) * call.dim), call.projected)
         barrier()
         shape = (call.kv_heads, call.positions, call.dim)
         if call.bfloat16:
@@ -178,6 +190,7 @@ def attention_step() -> Any:
             round_row(mixed, output.group, 0, output.inputs // output.group, rounded)
         first, last = spread(output, 0, mixed, rounded, call.sums, part, parts)
         gather(output, call.sums, first, last, parts)
+        _add_bias(call.output_bias, first, min(last, call.width), call.sums)
         sums = view(call.sums, output.outputs, np.float32)
         for o in range(first, min(last, call.width)):
             out[o] = x[o] + sums[o]
