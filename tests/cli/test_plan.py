@@ -117,6 +117,12 @@ def test_what_each_of_several_processes_holds(capsys):
     few = 4 * (dense + experts // 4)
     assert held["expert=4", False] == {"weights": few, "gradients": few, "optimiser": 2 * few}
     assert held["expert=4", True]["optimiser"] == 8 * (dense // 4 + experts // 4)
+    shared = load_recipe(None, {**whole, "parallel": {"mesh": "data=4", "shard_dense": True}})
+    facts = plan_run(shared, probe=False, processes=4)["parallel"]["models"]["model"]
+    few = 4 * (dense // 4 + experts)
+    assert facts["memory"] == {"weights": few, "gradients": few, "optimiser": 2 * few}
+    assert facts["sent"]["dense weights"] == 2 * 3 * dense  # three quarters of it, forward and backward
+    assert facts["sent"]["gradients"] == 3 * dense + 6 * experts
     assert plan_run(recipe, probe=False)["parallel"] is None
     assert main(["plan", "--no-probe", "--processes", "3", "--mesh", "expert=2"]) == 2
     assert "3 processes fit no mesh with expert=2 and tensor=1; start 2, 4, 6, 8" in capsys.readouterr().err

@@ -17,6 +17,7 @@ import moestro
 from moestro.balance import RoutingLog
 from moestro.data import Batch, Share
 from moestro.parallel import Mesh
+from moestro.parallel.gradients import here
 from moestro.train.build import mesh_shape
 from moestro.train.checkpoint_files import read_checkpoint, write_checkpoint
 from moestro.train.errors import NonFiniteLoss
@@ -40,10 +41,12 @@ class Arrangement:
     mesh: str = "auto"
     shard_optimiser: bool = False
     transport: str = "linear"
+    shard_dense: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.processes} {self.mesh}{' sharded' * self.shard_optimiser} {self.transport}"
+        shares = f"{' optimiser shared' * self.shard_optimiser}{' dense shared' * self.shard_dense}"
+        return f"{self.processes} {self.mesh}{shares} {self.transport}"
 
 
 @dataclass
@@ -91,7 +94,11 @@ def fresh(team: Team, arrangement: Arrangement, method: str, accumulate: int = 1
     )
     model.double()
     mesh = None if team.size == 1 else Mesh(mesh_shape(arrangement.mesh, team.size, EXPERTS))
-    settings = ParallelSection(shard_optimiser=arrangement.shard_optimiser, transport=arrangement.transport)
+    settings = ParallelSection(
+        shard_optimiser=arrangement.shard_optimiser,
+        shard_dense=arrangement.shard_dense,
+        transport=arrangement.transport,
+    )
     part = take_part(model, team, mesh, settings)
     optimiser = build_optimiser(model, learning_rate=0.01, weight_decay=0.1, betas=(0.9, 0.95), kept=part.keeps)
     machine, log = choose_machine("cpu", "float64", 1), RoutingLog(model)
@@ -137,19 +144,24 @@ def reshard(rank: int, folder: str, arrangements: list[Arrangement], method: str
 def guard(rank: int, folder: str) -> None:
     """What every process says when one has a bad number; the step must not be taken."""
     place, said = Path(folder), {}
-    for number, (kind, plant) in enumerate(PLANTED.items()):
+    plants = [(kind, plant, False) for kind, plant in PLANTED.items()]
+    plants += [(f"{kind}, dense shared", plant, True) for kind, plant in PLANTED.items() if kind != "gradient"]
+    plants.append(("share", _bad_share, True))
+    for number, (kind, plant, shard_dense) in enumerate(plants):
         with joined_by_file(place / f"guard{number}", rank, 4, 60) as team:
-            run = fresh(team, Arrangement(4, "data=2,expert=2"), "deepseek-v3", accumulate=2)
+            arrangement = Arrangement(4, "data=2,expert=2", shard_dense=shard_dense)
+            run = fresh(team, arrangement, "deepseek-v3", accumulate=2)
             run.step(1)
             plant(run)
-            before = [parameter.detach().clone() for parameter in run.model.parameters()]
+            before = [here(parameter).detach().clone() for parameter in run.model.parameters()]
             try:
                 run.step(2)
                 message = "nothing"
             except NonFiniteLoss as error:
                 message = str(error)
-            kept = [torch.equal(*pair) for pair in zip(before, run.model.parameters(), strict=True)]
-            said[kind] = team.gather([message, all(kept) or kind == "weight"])
+            now = [here(parameter) for parameter in run.model.parameters()]
+            kept = [torch.equal(*pair) for pair in zip(before, now, strict=True)]
+            said[kind] = team.gather([message, all(kept) or kind.startswith(("weight", "share"))])
     said["full disk"] = _full_disk(rank, place)
     if rank == 0:
         (place / "guard.json").write_text(json.dumps(said))
@@ -177,6 +189,11 @@ def _bad_weight(run: Run) -> None:
         experts.local.down.data[here.index(3), 0, 0] = float("nan")
 
 
+def _bad_share(run: Run) -> None:
+    if run.team.rank == 3:
+        here(run.model.layers[0].attention.output.weight.data)[0, 0] = float("inf")
+
+
 def _bad_output(run: Run) -> None:
     if run.team.rank == 2:
         run.model.layers[0].attention.output.register_forward_hook(lambda m, given, y: y * float("inf"))
@@ -195,6 +212,11 @@ def _same(run: Run, saved: Checkpoint) -> list[int]:
     """How many of the pieces that this process would write are bit for bit those saved, and how many not."""
     pieces, outcome = Pieces(saved.tensors), [0, 0]
     for name, tensor in run.capture(2).tensors.items():
+        if "[" not in name and "{" in name:
+            first, end = (int(each) for each in name.partition("{")[2].rstrip("}").split(":"))
+            expected = pieces.read(name.partition("{")[0])[first:end]
+            outcome[0 if torch.equal(tensor.detach(), expected) else 1] += 1
+            continue
         base, _, row = name.partition("[")
         expected = pieces.read(base, int(row.partition("]")[0]) if row else None)
         cut = None if "{" not in row else row.partition("{")[2]

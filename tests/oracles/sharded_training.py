@@ -9,9 +9,18 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 import moestro
-from moestro.layers import Gradients, spread
+from moestro.balance import RoutingLog
+from moestro.data import Batch
+from moestro.layers import Gradients, MoE, spread
 from moestro.layers.sharding import shard_dense, sharded_groups
 from moestro.parallel import Mesh, MeshShape
+from moestro.train.build import build_model
+from moestro.train.machine import choose_machine
+from moestro.train.optimiser import build_optimiser
+from moestro.train.part import take_part
+from moestro.train.recipe import ModelSection, ParallelSection
+from moestro.train.step import Stepper
+from moestro.train.team import ALONE, Team
 
 STEPS, ROWS, LENGTH = 3, 4, 8
 
@@ -75,3 +84,56 @@ def _steps(model: nn.Module, optimiser: Any, gradients: Any, rows: slice, mesh: 
         optimiser.step()
         found += [float(loss.detach()), float(norm.detach())]
     return found
+
+
+def every(rank: int, methods: list[str]) -> dict[str, float]:
+    """For each method how far two steps of a decoder whose dense part is shared out are from one process's."""
+    mesh, team = Mesh(MeshShape(expert=2)), Team(rank, 2, rank, 2)
+    found = {}
+    for name in methods:
+        alone = _numbers(name, ALONE, None, ParallelSection())
+        shared = _numbers(name, team, mesh, ParallelSection(shard_dense=True))
+        if _model_of(name).batch_independent:
+            found[name] = max(abs(a - b) for a, b in zip(alone, shared, strict=True))
+        else:  # routes the tokens of one process at a time: compare with processes that each hold all
+            whole = _numbers(name, team, mesh, ParallelSection())
+            found[name] = max(abs(a - b) for a, b in zip(whole, shared, strict=True))
+    return found
+
+
+def learners() -> list[str]:
+    """Methods of which a decoder can be made and spread."""
+    return [name for name, each in moestro.all_methods().items() if each.family != "merging" and _is_made(name)]
+
+
+def _is_made(method: str) -> bool:
+    try:
+        layers = [layer for layer in _model_of(method).modules() if isinstance(layer, MoE)]
+    except ValueError:
+        return False
+    return all(layer.experts.num_experts % 2 == 0 for layer in layers)
+
+
+def _model_of(method: str) -> nn.Module:
+    sizes = {"num_experts": 8, "expert_hidden": 8, "width": 8, "num_layers": 2, "num_heads": 2, "kernel": "loop"}
+    options = {"top_k": 2} if "top_k" in moestro.all_methods()[method].options else {}
+    section = ModelSection(method=method, options=options, **sizes)
+    return build_model(section, vocab_size=16, sequence_length=LENGTH, seed=0, num_domains=2)
+
+
+def _numbers(method: str, team: Team, mesh: Mesh | None, settings: ParallelSection) -> list[float]:
+    """Losses and gradient norms of three steps."""
+    model = _model_of(method).double()
+    part = take_part(model, team, mesh, settings)
+    optimiser = build_optimiser(model, learning_rate=0.01, weight_decay=0.1, betas=(0.9, 0.95), kept=part.keeps)
+    stepper = Stepper(
+        model, optimiser, choose_machine("cpu", "float64", 1), RoutingLog(model), exchange=part.exchange
+    )
+    numbers = []
+    for step in range(STEPS):
+        torch.manual_seed(step)
+        tokens = torch.randint(16, (ROWS, LENGTH + 1)).chunk(team.size)[team.rank]
+        domain = torch.zeros(len(tokens), LENGTH, dtype=torch.uint8)
+        result = stepper(Batch(tokens[:, :-1], tokens[:, 1:], domain, domain.numel()), step + 1)
+        numbers += [result.loss, result.grad_norm, result.auxiliary_loss]
+    return numbers

@@ -88,10 +88,10 @@ def test_a_tensor_that_changed_is_named(tmp_path):
 def test_a_newer_format_is_refused_and_not_passed_over(tmp_path, monkeypatch):
     folder = Checkpoints(tmp_path / "c")
     folder.save(state(1))
-    monkeypatch.setattr(checkpoint_files, "FORMAT", 4)
+    monkeypatch.setattr(checkpoint_files, "FORMAT", 5)
     folder.save(state(2))
     monkeypatch.undo()
-    with pytest.raises(ValueError, match=r"newer moestro \(format 4\); upgrade") as caught:
+    with pytest.raises(ValueError, match=r"newer moestro \(format 5\); upgrade") as caught:
         folder.latest(quietly)
     assert not isinstance(caught.value, DamagedCheckpoint)
 

@@ -73,6 +73,7 @@ def test_an_option_such_as_1e_2_is_a_number_and_not_a_text():
         ("seed: !!python/object/apply:os.system [ls]\n", 1, "could not determine a constructor"),
         ("seed: [1\n", 2, "expected ',' or ']'"),
         ("train:\n  batch_size: 6\n  accumulate: 4\n", 1, "batch_size that is a multiple of 4"),
+        ("parallel: {shard_dense: true}\ntrain: {compile: true}\n", 1, "train.compile does not know a dense part"),
         ("model:\n  method: null\n  options: {top_k: 2}\n", 3, "model.options needs a model.method"),
     ],
 )

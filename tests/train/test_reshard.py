@@ -9,7 +9,7 @@ from oracles.arrangements import Arrangement, run_all
 from torch.testing import assert_close
 
 from moestro.train.checkpoint_files import DamagedCheckpoint, read_checkpoint
-from moestro.train.fragments import Cut, Pieces, piece_name, whole_name
+from moestro.train.fragments import Cut, Pieces, Span, piece_name, whole_name
 from moestro.train.stored import StoredTensors
 
 GRID = [
@@ -22,8 +22,10 @@ GRID = [
     Arrangement(4, "data=2,expert=2", shard_optimiser=True),
     Arrangement(4, "data=2,tensor=2"),
     Arrangement(4, "expert=2,tensor=2", shard_optimiser=True),
+    Arrangement(4, "data=2,expert=2", shard_dense=True),
+    Arrangement(2, "data=2", shard_dense=True, shard_optimiser=True),
 ]
-SMALL = [GRID[0], GRID[3], GRID[6], GRID[8]]
+SMALL = [GRID[0], GRID[3], GRID[6], GRID[8], GRID[9]]
 
 
 @pytest.mark.parametrize(
@@ -64,6 +66,8 @@ def bad_numbers(said):
         "output": "first in output of layers.0.attention.output on rank 2)",
         "gradient": "first in gradient of layers.0.attention_norm.weight on rank 1)",
     }
+    named |= {f"{kind}, dense shared": named[kind] for kind in ("weight", "output")}
+    named["share"] = "first in weight of layers.0.attention.output.weight on rank 3)"
     assert said.keys() == named.keys()
     for kind, everyones in said.items():
         assert {message for message, _ in everyones} == {everyones[0][0]}
@@ -109,6 +113,15 @@ def test_pieces_are_put_together_and_a_missing_one_is_named():
     assert torch.equal(pieces.read("model.up", 1, Cut(0, 2, 3)), whole[1, 2:])
     assert torch.equal(pieces.read("model.norm"), torch.ones(3))
     assert pieces.read("model.other") is None
+    runs = {piece_name("model.wide", None, span=Span(*span)): whole[0, slice(*span)] for span in ((0, 2), (2, 3))}
+    pieces = Pieces(runs)
+    assert torch.equal(pieces.read("model.wide"), whole[0])
+    assert torch.equal(pieces.read("model.wide", span=Span(1, 3)), whole[0, 1:])
+    assert pieces.read("model.wide", span=Span(3, 3)).shape == (0, 4)
+    assert torch.equal(Pieces({"model.wide": whole[0]}).read("model.wide", span=Span(1, 2)), whole[0, 1:2])
+    del runs["model.wide{0:2}"]
+    with pytest.raises(KeyError, match=r"model\.wide\{0:2\}|model\.wide\{0:3\}"):
+        Pieces(runs).read("model.wide")
     del saved["model.gate[0]"], cut["model.up[1]{0of2@1}"]
     with pytest.raises(KeyError, match=r"model\.gate\[0\]"):
         Pieces(saved).read("model.gate")

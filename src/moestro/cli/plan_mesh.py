@@ -23,6 +23,9 @@ def plan_mesh(recipe: Recipe, models: Mapping[str, DecoderLM], machine: Machine,
         to each process with other experts      4 * rows * width * bytes of a number,  rows = tokens * k / expert
         to each process with other slices       4 * tokens * k * width * bytes of a number
         gradients, as a ring adds up n numbers  2 (p - 1) / p * n * bytes of a number, p = those that hold them
+        of a dense part that is shared out      (p - 1) / p * n * bytes of a number in every micro-batch, twice for
+                                                the weights (three times with statistics="step") and once for the
+                                                gradients
 
     Args:
         recipe: `parallel.mesh` says how the processes are arranged.
@@ -53,17 +56,25 @@ def _of_model(
     experts = sum(p.numel() for layer in layers for p in layer.experts.parameters())
     dense = sum(p.numel() for p in model.parameters()) - experts
     held = experts // (shape.expert * shape.tensor)
-    keeps = held // shape.data + dense // shape.dense if recipe.parallel.shard_optimiser else held + dense
+    parallel, passes = recipe.parallel, recipe.train.accumulate
+    share = dense // shape.dense
+    here = share if parallel.shard_dense else dense
+    keeps = held // shape.data + share if parallel.shard_optimiser else held + here
+    half = _ring(dense, shape.dense) / 2  # what each sends where all get what each has a share of, or the reverse
+    again = recipe.train.statistics == "step" and passes > 1
+    weights = round((2 + again) * passes * half) if parallel.shard_dense else 0
+    gradients = (passes * half if parallel.shard_dense else 2 * half) + _ring(held, shape.data)
     row = model.embedding.weight.shape[1] * machine.precision.itemsize
     rows = sum(round(4 * tokens * layer.top_k * row) for layer in layers)
-    memory = {"weights": held + dense, "gradients": held + dense, "optimiser": 2 * keeps}
+    memory = {"weights": held + here, "gradients": held + here, "optimiser": 2 * keeps}
     return {
         "memory": {name: numbers * number for name, numbers in memory.items()},
         "sent": {
             "rows to each process with other experts": rows // shape.expert if shape.expert > 1 else 0,
             "rows to each process with other slices": rows if shape.tensor > 1 else 0,
             "rows in all": rows * (shape.expert - 1) // shape.expert + rows * (shape.tensor - 1),
-            "gradients": round(_ring(dense, shape.dense) + _ring(held, shape.data)) * number,
+            "dense weights": weights * number,
+            "gradients": round(gradients) * number,
         },
     }
 

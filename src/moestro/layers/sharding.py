@@ -16,7 +16,8 @@ def shard_dense(model: nn.Module, mesh: Mesh, units: Iterable[nn.Module] = ()) -
     """Let each rank keep a share of everything but the experts, in place (PyTorch's FSDP2; ZeRO stage 3).
 
     Weights are put together for the time that a unit computes; gradients and the optimiser's state exist in shares
-    only. After `moestro.layers.spread`, which leaves experts with their ranks; before the optimiser is made.
+    only. A share is a run of rows of every parameter; single numbers stay on every rank. After
+    `moestro.layers.spread`, which leaves experts with their ranks; before the optimiser is made.
 
     Args:
         model: spread over the mesh.
@@ -34,9 +35,11 @@ def shard_dense(model: nn.Module, mesh: Mesh, units: Iterable[nn.Module] = ()) -
         )
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise ValueError("this model is sharded already; shard a model once")
-    experts = {parameter for _, bank in parallel_banks(model) for parameter in bank.parameters()}
+    stay = {parameter for _, bank in parallel_banks(model) for parameter in bank.parameters()}
+    stay |= {parameter for parameter in model.parameters() if not parameter.ndim}  # no rows to share out
     for module in (*units, model):
-        fully_shard(module, mesh=mesh.tokens["dense"], ignored_params=experts)
+        # also the outermost is taken apart again after it ran, so that what is here is always the shares
+        fully_shard(module, mesh=mesh.tokens["dense"], ignored_params=stay, reshard_after_forward=True)
 
 
 def sharded_groups(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:

@@ -14,7 +14,7 @@ from moestro.experts.parallel import ParallelExperts, parallel_banks
 from moestro.experts.replicas import join_replicas
 from moestro.layers.moe import MoE
 from moestro.parallel import Mesh, Network, Placement, Transport
-from moestro.parallel.gradients import squared_norm, sum_gradients
+from moestro.parallel.gradients import dense_squares, sum_gradients
 from moestro.routers.output_gate import OutputGate
 
 
@@ -115,10 +115,7 @@ class Gradients:
     @torch.no_grad()
     def norm(self) -> Tensor:
         """The norm of the gradient of the whole model: everything once, wherever it is. After `reduce`."""
-        dense, sharded = squared_norm(self._dense), squared_norm(self._sharded)
-        if self._sharded:
-            dist.all_reduce(sharded, group=self.mesh.dense)
-        dense = dense.to(sharded.device) + sharded
+        dense = dense_squares([*self._dense, *self._sharded], self.mesh.dense)
         of_experts = [bank.squared_gradients().to(dense.device) for bank in self._banks]
         experts = torch.cat([dense.new_zeros(1), *of_experts])
         for group in (self.mesh.expert, self.mesh.tensor):

@@ -32,10 +32,24 @@ def sum_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup, 
             grad.copy_(total.view_as(grad) * scale)
 
 
+def here(tensor: Tensor) -> Tensor:
+    """What of a tensor is on this rank: of one that is sharded its share, else all of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def dense_squares(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> Tensor:
+    """The sum of squares of gradients that are whole on every rank or sharded over the group, in float64."""
+    both = [[p for p in parameters if isinstance(p, DTensor) == sharded] for sharded in (False, True)]
+    whole, shares = map(squared_norm, both)
+    if both[1]:
+        dist.all_reduce(shares, group=group)
+    return whole.to(shares.device) + shares
+
+
 def squared_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """The sum of squares of all gradients, in float64; of those sharded over ranks, of what is here."""
     grads = [p.grad.detach() for p in parameters if p.grad is not None]
-    squares = [(g.to_local() if isinstance(g, DTensor) else g).double().square().sum() for g in grads]
+    squares = [here(grad).double().square().sum() for grad in grads]
     return torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
 
 

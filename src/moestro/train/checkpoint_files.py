@@ -33,7 +33,7 @@ from moestro.train.state import Checkpoint
 from moestro.train.stored import StoredTensors
 from moestro.train.team import ALONE, Team
 
-FORMAT = 3  # 2 had no pieces of tensors
+FORMAT = 4  # 2 had no pieces of tensors, 3 no runs of rows
 MANIFEST, STATE = "manifest.json", "state.json"
 _GROUPS = ("model", "optimiser", "random")
 _OPTIONAL = ("placement",)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moestro.experts import Experts
 from moestro.experts.parallel import ParallelExperts
+from moestro.parallel.gradients import here
 from moestro.routing import Decision
 
 
@@ -212,4 +213,4 @@ def _bad(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
+    return not tensor.is_floating_point() or bool(here(tensor).isfinite().all())

@@ -14,6 +14,7 @@ from moestro.balance import RoutingLog, StepTotals
 from moestro.experts.parallel import parallel_banks
 from moestro.layers import Gradients
 from moestro.parallel import Mesh
+from moestro.parallel.gradients import dense_squares
 from moestro.train.culprit import Culprit
 from moestro.train.optimiser import gradient_norm
 from moestro.train.team import Team
@@ -40,6 +41,10 @@ class Exchange(ABC):
     @abstractmethod
     def norm(self, model: nn.Module) -> Tensor:
         """The norm of the whole model's gradient."""
+
+    @abstractmethod
+    def dense_norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """The norm of the gradient of some parameters, none of them of an expert."""
 
     @abstractmethod
     def summed(self, values: Tensor) -> Tensor:
@@ -71,6 +76,9 @@ class NoExchange(Exchange):
 
     def norm(self, model: nn.Module) -> Tensor:
         return gradient_norm(model.parameters())
+
+    def dense_norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
     def summed(self, values: Tensor) -> Tensor:
         return values
@@ -117,6 +125,10 @@ class Exchanging(Exchange):
     def norm(self, model: nn.Module) -> Tensor:
         return self._gradients.norm().to(next(model.parameters()).dtype)
 
+    @torch.no_grad()
+    def dense_norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        return dense_squares(parameters, self.mesh.dense).sqrt()
+
     def summed(self, values: Tensor) -> Tensor:
         values = values.clone()
         dist.all_reduce(values, group=self.mesh.dense)
@@ -141,7 +153,7 @@ class Exchanging(Exchange):
             return
         of_experts = {id(parameter) for parameter in self._of_experts}
         stepped: dict[tuple[bool, int], list[nn.Parameter]] = {}
-        for parameter in model.parameters():
+        for parameter in (p for p in model.parameters() if id(p) in self.keeper):
             stepped.setdefault((id(parameter) in of_experts, self.keeper[id(parameter)]), []).append(parameter)
         for (of_expert, keeper), parameters in stepped.items():
             _broadcast(parameters, keeper, self.mesh.replicas if of_expert else self.mesh.dense)

@@ -3,6 +3,7 @@
 model.layers.3.moe.experts.gate             a whole tensor
 model.layers.3.moe.experts.gate[17]         expert 17 of it, whichever process holds it
 model.layers.3.moe.experts.gate[17]{1of2@1} the second of two slices of that along its dimension 1
+model.embedding.weight{64:128}              rows 64 to 127 of a tensor that is sharded
 """
 
 from __future__ import annotations
@@ -14,11 +15,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from moestro.experts.parallel import ParallelExperts, parallel_banks
 from moestro.layers import MoE
+from moestro.parallel.gradients import here
 
-_PIECE = re.compile(r"(?P<name>.+?)(?:\[(?P<row>\d+)\](?:\{\d+of(?P<parts>\d+)@(?P<dim>\d+)\})?)?")
+_PIECE = re.compile(
+    r"(?P<name>.+?)(?:\[(?P<row>\d+)\](?:\{\d+of(?P<parts>\d+)@(?P<dim>\d+)\})?|\{(?P<first>\d+):(?P<end>\d+)\})?"
+)
 
 
 class Cut(NamedTuple):
@@ -27,6 +32,13 @@ class Cut(NamedTuple):
     dim: int
     part: int
     parts: int
+
+
+class Span(NamedTuple):
+    """A run of rows, the last not included."""
+
+    first: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -42,6 +54,7 @@ class Fragment:
         of_expert: whether it is of an expert, so that other processes hold others.
         counts: whether, of the slots that hold this expert, this is the first.
         leads: whether this process is the first of those that hold the experts between them.
+        span: rows of the whole tensor that `tensor`, which is sharded, has here; None = it is not sharded.
     """
 
     name: str
@@ -52,19 +65,23 @@ class Fragment:
     of_expert: bool = False
     counts: bool = True
     leads: bool = True
+    span: Span | None = None
 
     @property
     def key(self) -> str:
         """The name of the piece."""
-        return piece_name(self.name, self.row, self.cut)
+        return piece_name(self.name, self.row, self.cut, self.span)
 
     def of(self, tensor: Tensor) -> Tensor:
         """The piece in a tensor like ours, a view; a single number is of all pieces."""
+        tensor = here(tensor)
         return tensor if self.place is None or not tensor.ndim else tensor[self.place]
 
 
-def piece_name(name: str, row: int | None, cut: Cut | None = None) -> str:
+def piece_name(name: str, row: int | None, cut: Cut | None = None, span: Span | None = None) -> str:
     """See the head of this module."""
+    if span is not None:
+        return f"{name}{{{span.first}:{span.end}}}"
     if row is None:
         return name
     return f"{name}[{row}]" if cut is None else f"{name}[{row}]{{{cut.part}of{cut.parts}@{cut.dim}}}"
@@ -125,7 +142,8 @@ def fragments_of(model: nn.Module, origins: Origins) -> list[Fragment]:
     """
     banks = dict(parallel_banks(model))
     of_banks = {id(p) for bank in banks.values() for p in bank.local.parameters()}
-    found = [Fragment(name, tensor) for name, tensor in model_tensors(model).items() if id(tensor) not in of_banks]
+    dense = ((name, tensor) for name, tensor in model_tensors(model).items() if id(tensor) not in of_banks)
+    found = [Fragment(name, tensor, span=_span(tensor)) for name, tensor in dense]
     for path, bank in banks.items():
         found += _of_bank(bank, origins[path])
     return found
@@ -142,6 +160,18 @@ def _of_bank(bank: ParallelExperts, origins: Sequence[Mapping[str, Origin]]) -> 
             cut = _cut(held, origin.shape, part, mesh.shape.tensor)
             leads = rank == part == 0
             yield Fragment(origin.name, parameter, origin.row, row, cut, True, counts, leads)
+
+
+def _span(tensor: Tensor) -> Span | None:
+    """The rows of a sharded tensor that are here: FSDP2 gives equal runs, and the last ranks what is left."""
+    if not isinstance(tensor, DTensor):
+        return None
+    mesh, rows = tensor.device_mesh, len(tensor)
+    each = -(-rows // mesh.size())
+    first = min(each * mesh.get_local_rank(), rows)
+    span = Span(first, min(first + each, rows))
+    assert len(here(tensor)) == span.end - span.first
+    return span
 
 
 def _cut(held: Tensor, whole: torch.Size, part: int, parts: int) -> Cut | None:
@@ -166,9 +196,12 @@ class Pieces:
     def __init__(self, tensors: Mapping[str, Tensor]):
         self.tensors = tensors
         self._rows: dict[str, dict[int, list[str]]] = {}
+        self._spans: dict[str, list[Span]] = {}
         for piece in tensors:
             parsed = _parsed(piece)
             rows = self._rows.setdefault(parsed["name"], {})
+            if parsed["first"] is not None:
+                self._spans.setdefault(parsed["name"], []).append(Span(int(parsed["first"]), int(parsed["end"])))
             if parsed["row"] is not None:
                 rows.setdefault(int(parsed["row"]), []).append(piece)
 
@@ -181,11 +214,18 @@ class Pieces:
         """Whether a tensor was saved row by row."""
         return bool(self._rows.get(name))
 
-    def num_rows(self, name: str) -> int:
-        """Rows of a tensor that was saved row by row; those that are missing count, too."""
-        return max(self._rows[name], default=-1) + 1
+    def in_spans(self, name: str) -> bool:
+        """Whether a tensor was saved in runs of rows."""
+        return name in self._spans
 
-    def read(self, name: str, row: int | None = None, cut: Cut | None = None) -> Tensor | None:
+    def num_rows(self, name: str) -> int:
+        """Rows of a tensor that was saved in runs of rows or row by row; those that are missing count, too."""
+        last = max((span.end for span in self._spans.get(name, [])), default=0)
+        return max(max(self._rows[name], default=-1) + 1, last)
+
+    def read(
+        self, name: str, row: int | None = None, cut: Cut | None = None, span: Span | None = None
+    ) -> Tensor | None:
         """A tensor or a piece of it, or None where nothing was saved.
 
         Raises:
@@ -194,11 +234,28 @@ class Pieces:
         if name not in self._rows:
             return None
         if row is None:
+            if name in self._spans:
+                return self._rows_of_spans(name, span or Span(0, self.num_rows(name)))
             if not self.in_rows(name):
-                return self.tensors[name]
+                return self.tensors[name] if span is None else self.tensors[name][span.first : span.end]
             return torch.stack([self._row(name, each) for each in range(self.num_rows(name))])
         whole = self._row(name, row) if self.in_rows(name) else _row_of(self.tensors, name, row)
         return whole if cut is None else whole.chunk(cut.parts, cut.dim)[cut.part]
+
+    def _rows_of_spans(self, name: str, wanted: Span) -> Tensor:
+        """Some rows, put together of the runs that hold them."""
+        parts, at = [], wanted.first
+        for span in sorted(self._spans[name]):
+            if span.first <= at < min(span.end, wanted.end):
+                end = min(span.end, wanted.end)
+                parts.append(self.tensors[piece_name(name, None, span=span)][at - span.first : end - span.first])
+                at = end
+        if at < wanted.end:
+            raise KeyError(piece_name(name, None, span=Span(at, wanted.end)))
+        if not parts:  # no rows at all, of the right width
+            span = self._spans[name][0]
+            return self.tensors[piece_name(name, None, span=span)][:0]
+        return torch.cat(parts)
 
     def _row(self, name: str, row: int) -> Tensor:
         pieces = self._rows[name].get(row, [])

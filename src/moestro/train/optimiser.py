@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from moestro.parallel.gradients import here
 
 _FUSED = ("cpu", "cuda", "xpu", "mps")
 
@@ -20,12 +23,24 @@ def decays(name: str, parameter: Tensor, embeddings: set[int]) -> bool:
 def parameter_groups(
     model: nn.Module, weight_decay: float, kept: Callable[[nn.Parameter], bool] = lambda parameter: True
 ) -> list[dict[str, Any]]:
-    """Two groups of `(name, parameter)` pairs, with and without weight decay, of the parameters that are `kept`."""
+    """Groups of `(name, parameter)` pairs, with and without weight decay, of the parameters that are `kept`.
+
+    Parameters that are sharded are apart from those that are not, which no fused optimiser takes together.
+    """
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and kept(p)]
+    kinds = sorted({isinstance(p, DTensor) for _, p in named}) or [False]
     return [
-        {"params": [(n, p) for n, p in named if decays(n, p, embeddings)], "weight_decay": weight_decay},
-        {"params": [(n, p) for n, p in named if not decays(n, p, embeddings)], "weight_decay": 0.0},
+        {
+            "params": [
+                (n, p)
+                for n, p in named
+                if decays(n, p, embeddings) == decayed and isinstance(p, DTensor) == sharded
+            ],
+            "weight_decay": weight_decay if decayed else 0.0,
+        }
+        for sharded in kinds
+        for decayed in (True, False)
     ]
 
 
@@ -97,9 +112,10 @@ def clipped_step(
         return
     stepped = [p for group in optimiser.param_groups for p in group["params"]]
     scales = getattr(optimiser, "_step_supports_amp_scaling", False)  # as torch's GradScaler asks
-    scales = scales and all(p.dtype == torch.float32 for p in stepped)  # the scale is a float32
+    # the scale is a float32, and whole
+    scales = scales and all(p.dtype == torch.float32 and not isinstance(p, DTensor) for p in stepped)
     by_optimiser = {id(p) for p in stepped} if scales else set[int]()
-    rest = [p.grad for p in parameters if p.grad is not None and id(p) not in by_optimiser]
+    rest = [here(p.grad) for p in parameters if p.grad is not None and id(p) not in by_optimiser]
     if rest:
         torch._foreach_mul_(rest, 1 / excess)
     if not scales:

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from moestro.balance import RoutingLog
 from moestro.experts.parallel import parallel_banks
 from moestro.inspect import LayerTally, record_of, tally_of
 from moestro.layers import MoE, spread
+from moestro.layers.sharding import shard_dense
 from moestro.models import DecoderLM, build_language_model
 from moestro.parallel import Mesh
 from moestro.train.exchange import Exchange, Exchanging, NoExchange
@@ -53,6 +55,8 @@ class Part:
 
     def writes(self, fragment: Fragment) -> bool:
         """Whether this process, of those that hold a fragment, is the one to write it."""
+        if fragment.span is not None:
+            return fragment.span.end > fragment.span.first
         if not fragment.of_expert or self.mesh is None:
             return self.team.first
         return fragment.counts and self.mesh.experts.get_local_rank("data") == 0
@@ -72,10 +76,11 @@ class Part:
 
     @torch.no_grad()
     def whole(self, model: DecoderLM) -> DecoderLM:
-        """The model with the experts of all processes, in the first; elsewhere what is there."""
-        if not any(True for _ in parallel_banks(model)):
+        """The model with what all processes hold of it, in the first; elsewhere what is there."""
+        fragments = self.fragments(model)
+        if not any(each.of_expert or each.span is not None for each in fragments):
             return model
-        mine = {each.key: each.of(each.tensor) for each in self.fragments(model) if self.writes(each)}
+        mine = {each.key: each.of(each.tensor) for each in fragments if self.writes(each)}
         said = self.team.gather([[key, list(tensor.shape)] for key, tensor in mine.items()])
         if not self.team.first:
             for tensor in mine.values():
@@ -84,9 +89,9 @@ class Part:
         like = model.embedding.weight
         for rank in range(1, self.team.size):
             for key, shape in said[rank]:
-                mine[key] = like.new_empty(shape)
+                mine[key] = torch.empty(shape, dtype=like.dtype, device=like.device)
                 dist.recv(mine[key], rank)
-        complete = build_language_model(**model.config).to(like)
+        complete = build_language_model(**model.config).to(like.device, like.dtype)
         pieces = Pieces(mine)
         for name, tensor in model_tensors(complete).items():
             value = pieces.read(name)
@@ -115,6 +120,8 @@ def take_part(
     origins = origins_of(model)
     if any(isinstance(module, MoE) for module in model.modules()):
         spread(model, mesh, transport=settings.transport, slots=settings.placement.slots)
+    if settings.shard_dense:
+        shard_dense(model, mesh, model.blocks if isinstance(model, DecoderLM) else ())
     keeper = _keepers(model, mesh) if settings.shard_optimiser else {}
     return Part(team, mesh, shapes, origins, Exchanging(team, mesh, model, keeper), keeper)
 
@@ -122,20 +129,23 @@ def take_part(
 def _keepers(model: nn.Module, mesh: Mesh) -> dict[int, int]:
     """Which process, of those that hold it, keeps the optimiser's state of each parameter: evenly by size.
 
-    After Rajbhandari et al. 2020 ("ZeRO"), stage 1, a whole parameter at a time.
+    After Rajbhandari et al. 2020 ("ZeRO"), stage 1, a whole parameter at a time. What is sharded has no keeper:
+    every process steps its share.
 
     Raises:
         ValueError: more processes than parameters to share out.
     """
     of_experts = {id(p) for _, bank in parallel_banks(model) for p in bank.parameters()}
+    whole = [p for p in model.parameters() if not isinstance(p, DTensor)]
+    sharded = len(whole) < len(list(model.parameters()))
     keeper: dict[int, int] = {}
     for group, inside in ((mesh.dense, False), (mesh.replicas, True)):
         load = dict.fromkeys(dist.get_process_group_ranks(group), 0)
-        parameters = [p for p in model.parameters() if (id(p) in of_experts) == inside]
+        parameters = [p for p in whole if (id(p) in of_experts) == inside]
         for parameter in sorted(parameters, key=lambda p: -p.numel()):
             lightest = min(load, key=lambda rank: (load[rank], rank))
             keeper[id(parameter)] = lightest
             load[lightest] += parameter.numel()
-        if not (inside or all(load.values())):
+        if not (inside or sharded or all(load.values())):
             raise ValueError(f"too few parameters for {len(load)} processes; leave parallel.shard_optimiser out")
     return keeper

@@ -173,6 +173,9 @@ class ParallelSection(Section):
     mesh: str = Field("auto", description="processes by axis, e.g. data=2,expert=2; auto = experts over most")
     transport: str = Field("linear", description="how tokens travel to their experts and back")
     shard_optimiser: bool = Field(False, description="every process keeps a share of the optimiser's state only")
+    shard_dense: bool = Field(
+        False, description="every process keeps a share of everything but the experts (FSDP2, ZeRO stage 3)"
+    )
     timeout: float = Field(300.0, gt=0, description="seconds to wait for the other processes before giving up")
     placement: PlacementSection = Field(default_factory=lambda: PlacementSection.model_validate({}))
 
@@ -212,6 +215,7 @@ def load_recipe(path: str | Path | None = None, overrides: Mapping[str, Any] | N
     recipe = _validated(_merged(below, given), _Places(source, given))
     _check_method(recipe.model, _Places(source, given))
     _check_transport(recipe.parallel, _Places(source, given))
+    _check_sharing(recipe, _Places(source, given))
     check_placement(
         recipe.parallel.placement, lambda key: _Places(source, given).of(("parallel", "placement", key))
     )
@@ -325,6 +329,14 @@ def _check_method(model: ModelSection, places: _Places) -> None:
             known[name].parse(value)
         except ValueError as error:
             raise RecipeError(f"{where}: {model.method} {error}") from None
+
+
+def _check_sharing(recipe: Recipe, places: _Places) -> None:
+    if recipe.parallel.shard_dense and recipe.train.compile:
+        key = places.of(("parallel", "shard_dense"))
+        raise RecipeError(
+            f"{key}: train.compile does not know a dense part that is shared out; leave one of them out"
+        )
 
 
 def _check_transport(section: ParallelSection, places: _Places) -> None:

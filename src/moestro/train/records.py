@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from moestro.train.files import JsonLines, read_lines
 from moestro.train.learner import Learner
 from moestro.train.spikes import spike
@@ -103,11 +101,10 @@ class Records:
     def _router_gradient(self, layer: str, grad_norm: float) -> float | None:
         """Norm of a router's gradient before clipping; None if no parameter of it has one."""
         router = self.learner.model.get_submodule(f"{layer}.router")
-        gradients = [p.grad for p in router.parameters() if p.grad is not None]
-        if not gradients:
+        if all(p.grad is None for p in router.parameters()):
             return None
         clip = self.around.recipe.train.clip
-        clipped = float(torch.nn.utils.get_total_norm(gradients))
+        clipped = float(self.learner.part.exchange.dense_norm(list(router.parameters())))
         return clipped * (max(1.0, grad_norm / clip) if clip else 1.0)
 
 

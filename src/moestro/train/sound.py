@@ -17,6 +17,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from moestro.parallel.gradients import here
+
 _WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32}  # their sums overflow
 
 
@@ -60,7 +62,7 @@ class Soundness:
 
     def _weights(self, turn: int) -> Iterator[Tensor]:
         """Those whose turn it is: as many bytes in each."""
-        parameters = self._parameters()
+        parameters = self._shares()
         sizes = [parameter.numel() for parameter in parameters]
         share, before = max(sum(sizes), 1), 0
         for parameter, size in zip(parameters, sizes, strict=True):
@@ -71,10 +73,14 @@ class Soundness:
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
 
+    def _shares(self) -> list[Tensor]:
+        return [here(parameter).detach() for parameter in self._parameters()]
+
     def _moments(self) -> list[tuple[Tensor, Tensor]]:
         """The optimiser's state two by two, flat; looking it up anew is a good part of the time of a look."""
         of = self.optimiser.state
         state = [v for p in self._parameters() for v in of.get(p, {}).values() if torch.is_tensor(v) and v.ndim]
+        state = list(map(here, state))
         places = [tensor.data_ptr() for tensor in state]
         if places != self._places:
             self._places, self._flat = places, list(_two_by_two(list(map(_flat, state))))

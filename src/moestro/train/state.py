@@ -88,8 +88,8 @@ def _optimiser_tensors(
         for key, value in optimiser.state.get(each.tensor, {}).items() if part.writes_state(each) else ():
             name = f"optimiser.{each.name}.{key}"
             if value.ndim:
-                tensors[piece_name(name, each.row, each.cut)] = each.of(value)
-            elif each.row is None or each.leads:
+                tensors[piece_name(name, each.row, each.cut, each.span)] = each.of(value)
+            elif (each.row is None or each.leads) and (each.span is None or each.span.first == 0):
                 tensors[name] = value  # one number for all experts of the bank
     return tensors
 
@@ -131,14 +131,14 @@ def _strange(name: str, saved: Pieces, shapes: Mapping[str, torch.Size]) -> str 
     shape = shapes.get(parameter.rpartition(".")[0] if kind == "optimiser" else parameter)
     if shape is None:
         return name
-    rows = saved.num_rows(name) if saved.in_rows(name) else 0
+    rows = saved.num_rows(name)
     return piece_name(name, rows - 1) if rows > (shape[0] if shape else 0) else None
 
 
 def _copy(saved: Pieces, name: str, fragment: Fragment, tensor: Tensor) -> None:
     """Fill a fragment's place in a tensor."""
     target = fragment.of(tensor)
-    value = saved.read(name, fragment.row, fragment.cut)
+    value = saved.read(name, fragment.row, fragment.cut, fragment.span)
     if value is None or value.shape != target.shape or value.dtype != target.dtype:
         found = "nothing" if value is None else f"{list(value.shape)} {value.dtype}"
         raise ValueError(
@@ -167,12 +167,12 @@ def _restore_optimiser(saved: Pieces, fragments: Sequence[Fragment], optimiser: 
 def _state(saved: Pieces, key: str, pieces: Sequence[Fragment], parameter: Tensor) -> Tensor:
     """One entry of the optimiser's state of a parameter: a single number, or a tensor like it."""
     name = f"optimiser.{pieces[0].name}.{key}"
-    if not saved.in_rows(name):
+    if not (saved.in_rows(name) or saved.in_spans(name)):
         value = saved.read(name)
         assert value is not None
         if not value.ndim:
             return value.to(parameter.device, copy=True)
-        if pieces[0].place is None and pieces[0].row is None:
+        if pieces[0].place is None and pieces[0].row is None and pieces[0].span is None:
             return value.to(parameter.device, copy=True)
     state = torch.empty_like(parameter)
     for piece in pieces:
