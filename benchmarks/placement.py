@@ -116,7 +116,7 @@ def draw(found: dict[str, dict[str, tuple[float, float]]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--picture", type=Path)
     words = parser.parse_args()
     found = measure(words.seeds)

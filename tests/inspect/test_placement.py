@@ -67,6 +67,13 @@ def test_what_cannot_be_is_one_clear_line(run, capsys, words, message):
     assert message in capsys.readouterr().err
 
 
+def test_a_missing_run_is_said_before_a_missing_number(run, tmp_path, capsys):
+    assert main(["placement", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere" in capsys.readouterr().err
+    assert main(["placement", str(run)]) == 2
+    assert f"moestro placement {run} --ranks 4" in capsys.readouterr().err
+
+
 def test_a_dense_run_has_nothing_to_place(tmp_path, capsys):
     (tmp_path / "result.json").write_text("{}")
     assert main(["placement", str(tmp_path), "--ranks", "2"]) == 2

@@ -23,7 +23,7 @@ def placement(
     run: Path,
     /,
     *,
-    ranks: int,
+    ranks: int | None = None,
     slots: int | None = None,
     nodes: int = 1,
     groups: int = 1,
@@ -39,7 +39,7 @@ def placement(
 
     Args:
         run: folder of a run.
-        ranks: processes over which experts would be spread.
+        ranks: processes over which experts would be spread; always needed.
         slots: physical experts on all ranks, for replicas [default: one for each expert].
         nodes: machines with equal numbers of ranks.
         groups: equal groups of consecutive experts, for node-limited routing.
@@ -51,8 +51,12 @@ def placement(
     """
     from moestro.inspect.placement import run_placements
     from moestro.inspect.placement_picture import draw_placements
+    from moestro.inspect.runfolder import read_run
     from moestro.parallel import Cluster
 
+    if ranks is None:
+        read_run(run)  # a folder that is no run comes first
+        raise ValueError(f"say over how many processes: moestro placement {run} --ranks 4")
     found = run_placements(run, Cluster(ranks, slots, nodes, groups), predictor=predictor, decide_at=decide_at)
     if picture is not None:
         draw_placements(found, policy, picture)
