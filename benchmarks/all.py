@@ -3,8 +3,8 @@
     python benchmarks/all.py [layer-olmoe router ...] [--threads 2] [--repeat 9] [--folder DIR]
 
 A part that fails is named at the end, and the command then fails too; the others' figures are kept. Parts that do
-not run this time keep their figures of the same day. Parts whose peer is not installed, or that this machine does not
-allow (`links` needs network namespaces), are left out with a line.
+not run this time keep their figures of the same day. Parts whose peer is not installed, or that this machine does
+not allow (`links` needs network namespaces), are left out with a line.
 """
 
 from __future__ import annotations
