@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from moestro.experts import GLU, MLP, CopyExperts, QuantisedExperts, make_experts, quantise, quantise_linear
 from moestro.experts.activations import GATED, PLAIN
-from moestro.kernels.packed import pack_codes, unpack_codes
+from moestro.kernels.packed import pack_codes, quantise_rows, unpack_codes
 from moestro.routing import SparseRouting
 
 each_width = pytest.mark.parametrize("bits", [8, 4])
@@ -205,3 +205,12 @@ def test_bad_requests_are_refused():
         quantise(CopyExperts(2, 8))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="merge the float bank"):
         quantise(GLU(2, 8, 8))[0].merged(torch.ones(1, 2), torch.ones(1, 8), torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_many_rows_are_rounded_each_by_its_own_largest(dtype):
+    rows = torch.randn(1030, 64).mul(torch.rand(1030, 1) + 0.1).to(dtype)  # three parts, the last of six rows
+    codes, scale = quantise_rows(rows)
+    largest = rows.float().abs().amax(1, keepdim=True)
+    assert torch.equal(scale, largest / 127)
+    assert torch.equal(codes, (rows.float() / scale).round().to(torch.int8))
