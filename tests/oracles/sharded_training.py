@@ -20,7 +20,7 @@ from moestro.train.optimiser import build_optimiser
 from moestro.train.part import take_part
 from moestro.train.recipe import ModelSection, ParallelSection
 from moestro.train.step import Stepper
-from moestro.train.team import ALONE, Team
+from moestro.train.team import Team
 
 STEPS, ROWS, LENGTH = 3, 4, 8
 
@@ -87,17 +87,16 @@ def _steps(model: nn.Module, optimiser: Any, gradients: Any, rows: slice, mesh: 
 
 
 def every(rank: int, methods: list[str]) -> dict[str, float]:
-    """For each method how far two steps of a decoder whose dense part is shared out are from one process's."""
+    """For each method how far a decoder whose dense part is shared out is from one that is spread only.
+
+    Of one process it would be another curve where routing draws noise, or looks at more than one token.
+    """
     mesh, team = Mesh(MeshShape(expert=2)), Team(rank, 2, rank, 2)
     found = {}
     for name in methods:
-        alone = _numbers(name, ALONE, None, ParallelSection())
+        whole = _numbers(name, team, mesh, ParallelSection())
         shared = _numbers(name, team, mesh, ParallelSection(shard_dense=True))
-        if _model_of(name).batch_independent:
-            found[name] = max(abs(a - b) for a, b in zip(alone, shared, strict=True))
-        else:  # routes the tokens of one process at a time: compare with processes that each hold all
-            whole = _numbers(name, team, mesh, ParallelSection())
-            found[name] = max(abs(a - b) for a, b in zip(whole, shared, strict=True))
+        found[name] = max(abs(a - b) for a, b in zip(whole, shared, strict=True))
     return found
 
 
