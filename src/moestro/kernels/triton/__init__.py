@@ -74,6 +74,7 @@ def is_installed() -> bool:
     return find_spec("triton") is not None
 
 
+@torch.compiler.assume_constant_result  # compilers cannot follow how Triton reads its settings
 def is_interpreted() -> bool:
     """Whether Triton runs kernels in its interpreter (`TRITON_INTERPRET=1` before Python starts)."""
     from triton import knobs

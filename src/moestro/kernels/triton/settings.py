@@ -14,7 +14,7 @@ class Setting:
     Attributes:
         rows: rows of a tile; of an expert's rows the last tile is partly empty.
         columns: columns of a tile.
-        depth_bytes: bytes of a row that are loaded at a time.
+        depth_bytes: bytes of a row that are loaded at a time, see `depth`.
         group: row tiles that go through the columns together, so that these are read once.
         warps: of a program.
         stages: loads under way while a product runs, where the shared memory has room for them.
@@ -30,8 +30,8 @@ class Setting:
     programs: int
 
     def depth(self, dtype: torch.dtype) -> int:
-        """Elements of a row that are loaded at a time."""
-        return self.depth_bytes // dtype.itemsize
+        """Elements of a row that are loaded at a time: half in float32, whose products hold them in registers."""
+        return self.depth_bytes // (8 if dtype == torch.float32 else dtype.itemsize)
 
     @property
     def narrow(self) -> int:
