@@ -10,6 +10,7 @@ Triton is imported only when these kernels are asked for; nothing else in the pa
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 
 import torch
@@ -74,9 +75,9 @@ def is_installed() -> bool:
     return find_spec("triton") is not None
 
 
-@torch.compiler.assume_constant_result  # compilers cannot follow how Triton reads its settings
 def is_interpreted() -> bool:
-    """Whether Triton runs kernels in its interpreter (`TRITON_INTERPRET=1` before Python starts)."""
-    from triton import knobs
+    """Whether Triton runs kernels in its interpreter (`TRITON_INTERPRET=1` before Python starts).
 
-    return bool(knobs.runtime.interpret)
+    Read as Triton reads it, whose own settings no compiler can follow.
+    """
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
