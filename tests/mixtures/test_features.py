@@ -73,6 +73,13 @@ def test_it_is_the_fit_of_all_columns_where_both_sides_read_all():
     np.testing.assert_array_equal(one.gate_coef_, other.gate_coef_)
 
 
+def test_one_number_is_one_column():
+    x, y = two_columns(3, n=200)
+    np.testing.assert_array_equal(
+        split(gate_features=0, expert_features=1).fit(x, y).predict(x), split().fit(x, y).predict(x)
+    )
+
+
 def test_names_are_columns():
     x, y = two_columns(3, n=200)
     frame = pd.DataFrame(x, columns=["dose", "age"])
@@ -128,6 +135,8 @@ def test_exposure_and_trials_are_no_features():
     ("choice", "message"),
     [
         ({"gate_features": [2]}, r"gate_features=\[2\]: 2 is no feature to read; pass some of 0, 1"),
+        ({"gate_features": [True, False]}, r"True is no feature to read"),
+        ({"gate_features": [0.5]}, r"0.5 is no feature to read"),
         ({"expert_features": "age"}, r"expert_features='age': 'age' is no feature"),
         ({"expert_features": [1, 1]}, r"expert_features=\[1, 1\] must name each feature once"),
         ({"gate_features": []}, r"pass gate='constant'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -35,12 +36,12 @@ def feature_columns(choice: Any, places: Array, names: Array | None, word: str) 
     """
     if choice is None:
         return None
-    asked = [choice] if isinstance(choice, str) else list(choice)
+    asked = [choice] if isinstance(choice, str | Integral) else list(choice)
     known = {} if names is None else {str(name): k for k, name in enumerate(names)}
     found = []
     for one in asked:
-        column = known.get(one, -1) if isinstance(one, str) else int(one)
-        if column not in places:
+        column = known.get(one) if isinstance(one, str) else one
+        if isinstance(column, bool | np.bool_) or not isinstance(column, Integral) or column not in places:
             columns = ", ".join(str(k if names is None else names[k]) for k in places)
             raise ValueError(f"{word}_features={choice!r}: {one!r} is no feature to read; pass some of {columns}")
         found.append(int(np.flatnonzero(places == column)[0]))

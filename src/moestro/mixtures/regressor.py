@@ -35,9 +35,9 @@ class MixtureOfExpertsRegressor(RegressorMixin, MixtureOfExperts):
             (`BinomialExpert(trials=0)`, `PoissonExpert(exposure=0)`), or any regressor of scikit-learn that takes
             sample_weight (see `EstimatorExpert`).
         gate_features: columns of X that the gate reads (flexmix calls them concomitant), by number or by name;
-            None means all. The slopes of the others are 0 in `gate_coef_`.
-        expert_features: columns that the experts read, in the same words; [] leaves them an intercept. Gaussian and
-            other gates of densities name their parameters by the features they read alone.
+            None means all. The slopes of the others are 0 in `gate_coef_`; gates of densities have parameters of
+            the columns that they read alone.
+        expert_features: columns that the experts read, in the same words; [] leaves them an intercept.
         algorithm: "em"; "gem" (one Newton step of the gate); "ecm" (shares renewed between gate and experts);
             "mm" (bounds instead of Newton steps); "hard-em"; "stochastic-em"; "annealed-em";
             "gradient" (L-BFGS).

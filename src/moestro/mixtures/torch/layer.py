@@ -84,16 +84,12 @@ def _softmax_scorer(params: Params, scaling: Scaling) -> Scorer:
     return tree
 
 
-def _refuse_some_features(scaling: Scaling) -> None:
+def _gaussian_scorer(params: Params, scaling: Scaling) -> Scorer:
     if scaling.columns is not None:
         raise ValueError(
             "a gate of densities of some of the features cannot become part of a layer; leave out gate_features or "
             "fit gate='softmax'"
         )
-
-
-def _gaussian_scorer(params: Params, scaling: Scaling) -> Scorer:
-    _refuse_some_features(scaling)
     num, width = params["mean"].shape
     lower = np.linalg.cholesky(params["covariance"] * np.outer(scaling.x_scale, scaling.x_scale))
     factor = np.linalg.inv(lower)  # S^-1 = L'L
@@ -121,9 +117,9 @@ _AFFINE_FAMILIES: dict[str, Callable[[Array], tuple[Array, Array]]] = {
 
 def _exponential_scorer(params: Params, scaling: Scaling) -> Scorer:
     names, columns = params["families"], params["columns"]
+    raw = replace(scaling, x_center=np.zeros(len(names)), x_scale=np.ones(len(names)))  # the gate saw raw x
     if set(names) == {"gaussian"}:
         mean, variance = (np.stack([column[:, k] for column in columns], axis=1) for k in (0, 1))
-        raw = replace(scaling, x_center=np.zeros(len(names)), x_scale=np.ones(len(names)))  # the gate saw raw x
         matrices = variance[:, :, None] * np.eye(len(names))
         return _gaussian_scorer({"log_weight": params["log_weight"], "mean": mean, "covariance": matrices}, raw)
     if not set(names) <= set(_AFFINE_FAMILIES):
@@ -133,7 +129,6 @@ def _exponential_scorer(params: Params, scaling: Scaling) -> Scorer:
         )
     parts = [_AFFINE_FAMILIES[name](column[:, 0]) for name, column in zip(names, columns, strict=True)]
     slopes, constants = (np.stack(each, axis=1) for each in zip(*parts, strict=True))
-    raw = replace(scaling, x_center=np.zeros(len(names)), x_scale=np.ones(len(names)))  # the gate saw raw x
     bias = params["log_weight"] + constants.sum(1)
     return _affine(raw.plane(np.column_stack([bias, slopes]))[1], bias)
 
