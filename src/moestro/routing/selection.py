@@ -12,7 +12,7 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     """Indices of the k largest scores along the last dimension, largest first; ties go to the lowest index.
 
     `torch.topk` promises no order among equals (on a CPU the highest index wins). Few of many on a CPU are found by
-    one maximum after the other, two to six times quicker than otherwise. Other large float32 scores become keys
+    one maximum after the other, 1.5 to 2.8 times quicker than by keys. Other large float32 scores become keys
     that hold the index too, so that none are equal; a stable sort serves the rest. NaN counts as largest.
 
     Shapes: scores `[..., experts]` -> `[..., k]` int64.
