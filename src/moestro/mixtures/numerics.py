@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg.lapack import dposv
-from scipy.special import digamma, zeta
+from scipy.special import digamma, gammaln, zeta
 
 Array = NDArray[Any]  # float64 unless a name says otherwise
 
@@ -162,6 +162,14 @@ def solve_positive(matrix: Array, vector: Array) -> Array:
 def is_empty(mass_per_expert: Array, total: float) -> Array:
     """Experts that hold too little mass to be refitted."""
     return mass_per_expert < max(1e-8 * total, np.finfo(float).tiny)
+
+
+def gamma_peak(a: Array) -> Array:
+    """`a log a - a - log Γ(a)`, the log-density of a gamma of mean 1 at 1: Stirling's series above 30, where the
+    three terms would cancel."""
+    large = np.maximum(a, 30.0)
+    series = 0.5 * np.log(large / (2 * np.pi)) - (1 - (1 - 2 / (7 * large**2)) / (30 * large**2)) / (12 * large)
+    return np.where(a > 30, series, a * np.log(a) - a - gammaln(a))
 
 
 def gamma_shape(gap: Array) -> Array:

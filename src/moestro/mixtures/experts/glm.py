@@ -11,7 +11,7 @@ from scipy.special import digamma, gammainc, gammaln, pdtr
 
 from moestro.mixtures.experts.base import Expert, keep_empty, planes, ridge
 from moestro.mixtures.gates.base import Effort, Params
-from moestro.mixtures.numerics import Array, gamma_shape, is_empty, least_squares
+from moestro.mixtures.numerics import Array, gamma_peak, gamma_shape, is_empty, least_squares
 from moestro.mixtures.rows import Rows, Scaling
 
 _SAME = 1e-14  # relative change of the objective that is rounding
@@ -237,7 +237,9 @@ class GammaExpert(LogLinearExpert):
         self.alpha = alpha
 
     def _kernel(self, eta: Array, y: Array) -> Array:
-        return -eta - y * np.exp(-eta)
+        """`log(y/μ) - y/μ + 1`: next to 0 where the shape is large, so that its product with it keeps its digits."""
+        surplus = np.log(y) - eta
+        return surplus - np.expm1(surplus)
 
     def _working_weight(self, eta: Array) -> Array:
         return np.ones_like(eta)
@@ -246,14 +248,13 @@ class GammaExpert(LogLinearExpert):
         return y * np.exp(-eta) - 1
 
     def _finish(self, rows: Rows, mass: Array, coef: Array, eta: Array, params: Params | None) -> Params:
-        ratio = rows.y * np.exp(-eta)
-        loss = np.einsum("te,te->e", mass, ratio - np.log(ratio) - 1)
-        loss += 0.5 * (self._penalty(rows)[:, None] * coef**2).sum((1, 2))
+        loss = 0.5 * (self._penalty(rows)[:, None] * coef**2).sum((1, 2))
+        loss -= np.einsum("te,te->e", mass, self._kernel(eta, rows.y))
         return {"coef": coef, "shape": gamma_shape(loss / np.maximum(mass.sum(0), 1e-300))}
 
     def log_prob(self, params: Params, z: Array, y: Array) -> Array:
         a, eta = params["shape"], self._eta(params["coef"], z)
-        return a * (np.log(a) + self._kernel(eta, y)) + (a - 1) * np.log(y) - gammaln(a)
+        return a * self._kernel(eta, y) + gamma_peak(a) - np.log(y)
 
     def penalty(self, params: Params, rows: Rows) -> float:
         prior = (self._penalty(rows)[:, None] * params["coef"] ** 2).sum((1, 2))
@@ -285,7 +286,7 @@ class GammaExpert(LogLinearExpert):
         a, eta = params["shape"], self._eta(params["coef"], rows.z)
         slope = (mass * self._working_slope(eta, rows.y)).T @ rows.z
         by_coef = a[:, None, None] * (slope[:, :, None] - self._penalty(rows)[:, None] * params["coef"])
-        inner = np.log(a) + 1 + self._kernel(eta, rows.y) + np.log(rows.y) - digamma(a)
+        inner = np.log(a) - digamma(a) + self._kernel(eta, rows.y)
         prior = 0.5 * (self._penalty(rows)[:, None] * params["coef"] ** 2).sum((1, 2))
         by_shape = a * (np.einsum("te,te->e", mass, inner) - prior)
         return np.concatenate([by_coef.ravel(), by_shape])

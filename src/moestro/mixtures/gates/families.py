@@ -8,9 +8,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import numpy as np
-from scipy.special import digamma, gammaln, xlogy
+from scipy.special import digamma, gammaln
 
-from moestro.mixtures.numerics import Array, gamma_shape
+from moestro.mixtures.numerics import Array, gamma_peak, gamma_shape
 
 _EDGE = 1e-6  # probabilities stay this far from 0 and 1, variances this far from 0 relative to the column's
 
@@ -186,8 +186,9 @@ class Gamma(Family):
     def log_prob(self, params: Array, x: Array) -> Array:
         mean, shape = params.T
         x = x[:, None]
-        good = np.maximum(x, 1e-300)
-        value = shape * np.log(shape / mean) + xlogy(shape - 1, good) - shape * good / mean - gammaln(shape)
+        log_x = np.log(np.maximum(x, 1e-300))
+        surplus = log_x - np.log(mean)
+        value = shape * (surplus - np.expm1(surplus)) + gamma_peak(shape) - log_x
         return np.where(x > 0, value, -np.inf)
 
     def free(self, params: Array) -> Array:
