@@ -18,6 +18,7 @@ from moestro.models import DecoderLM
 from moestro.train.alike import check_alike, check_same_text
 from moestro.train.build import build_corpus, build_mesh, build_model, training_batches, validation_batches
 from moestro.train.checkpoints import checkpoint_table
+from moestro.train.company import company
 from moestro.train.files import read_lines, write_json
 from moestro.train.folder import RECIPE, TOKENIZER, check_folder, claim_folder, has_run, remove_run
 from moestro.train.interrupt import Interrupt
@@ -139,7 +140,7 @@ def introduce(around: Surroundings, model: DecoderLM) -> None:
     counts, recipe = model.parameter_counts(), around.recipe
     lines = [
         around.machine.describe(),
-        *_company(around, model),
+        *company(recipe, model, None if around.mesh is None else around.mesh.shape),
         *(f"text: {line}" for line in around.corpus.describe()),
     ]
     lines.append(f"parameters: {_spaced(counts.total)} total, {_spaced(counts.active)} active")
@@ -150,23 +151,6 @@ def introduce(around: Surroundings, model: DecoderLM) -> None:
     lines.append(f"{recipe.train.steps} steps of {_spaced(tokens)} tokens, seed {recipe.seed}")
     for line in lines:
         around.progress.say(line)
-
-
-def _company(around: Surroundings, model: DecoderLM) -> list[str]:
-    """How many processes share the run, and what that changes."""
-    mesh = around.mesh
-    if mesh is None:
-        return []
-    lines = [f"processes: {around.team.size} ({mesh.shape.words}), transport {around.recipe.parallel.transport}"]
-    placement = around.recipe.parallel.placement
-    if placement.policy is not None:
-        lines.append(
-            f"placement: {placement.policy} decides every {placement.every} steps; experts move when the busiest "
-            f"process would otherwise have {placement.gain:g} times as much to do"
-        )
-    if not model.batch_independent:
-        lines.append("routing looks at the tokens of one process at a time: the run will differ from one process")
-    return lines
 
 
 def _has_large(model: DecoderLM) -> bool:
