@@ -237,7 +237,7 @@ class GammaExpert(LogLinearExpert):
         self.alpha = alpha
 
     def _kernel(self, eta: Array, y: Array) -> Array:
-        """`log(y/μ) - y/μ + 1`: next to 0 where the shape is large, so that its product with it keeps its digits."""
+        """`log(y/μ) - y/μ + 1`: next to 0 where the shape is large, so that its product keeps its digits."""
         surplus = np.log(y) - eta
         return surplus - np.expm1(surplus)
 
