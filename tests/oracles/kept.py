@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from moestro.experts import MLP
 from moestro.experts.parallel import ParallelExperts
@@ -89,3 +92,57 @@ def _one(mesh: Mesh, transport: Chunked, x: Tensor) -> tuple[dict[str, Any], lis
     assert rows.grad is not None
     gradients = [rows.grad, *(p.grad for p in bank.parameters() if p.grad is not None)]
     return {"kept": kept, "most": most, "sent": bytes_sent}, gradients
+
+
+def checkpointed(rank: int, names: list[str]) -> list[dict[str, Any]]:
+    """Of an activation-checkpointed layer in parts, for each strategy: calls of its experts, bytes, gradients."""
+    mesh, found = Mesh(MeshShape(expert=2), ranks_per_node=1), []
+    with TemporaryDirectory() as folder:
+        for name in names:
+            transport = Chunked(4, strategies(Files(folder))[name])
+            plain, again = (_counted(mesh, transport, way) for way in (lambda run, x: run(x), _again))
+            both = zip(plain.pop("gradients"), again.pop("gradients"), strict=True)
+            apart = max(float((a - b).abs().max()) for a, b in both)
+            found.append(
+                {**again, "apart": apart, "once": plain["calls"], "copied": _moved_elsewhere(mesh, transport)}
+            )
+    return found
+
+
+def _again(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return checkpoint(run, x, use_reentrant=False)
+
+
+def _counted(mesh: Mesh, transport: Chunked, way: Callable[..., Tensor]) -> dict[str, Any]:
+    torch.manual_seed(7)
+    network, bank = Network(mesh), MLP(EXPERTS // 2, WIDTH, HIDDEN, kernel="loop").double()
+    layer = ParallelExperts(bank, mesh, transport=transport, network=network)
+    calls = [0, 0]  # forward, backward
+    bank.register_forward_hook(lambda *_: calls.__setitem__(phase, calls[phase] + 1))
+    index = torch.arange(TOKENS).unsqueeze(1) % EXPERTS
+    routing = SparseRouting.from_choice(index, torch.ones(index.shape, dtype=torch.float64), EXPERTS)
+    x = torch.randn(TOKENS, WIDTH, dtype=torch.float64).requires_grad_()
+    phase = 0
+    with Live(bank.parameters()) as live:
+        before = live.bytes()
+        y = way(lambda x: layer.run(x, routing), x)
+        kept = live.bytes() - before - y.untyped_storage().nbytes()
+    phase = 1
+    y.square().sum().backward()
+    sent = {p: network.traffic.bytes("dispatch", p, "inter") for p in ("forward", "recompute", "backward")}  # type: ignore[arg-type]
+    gradients = [each.grad for each in (x, *bank.parameters())]
+    return {"calls": calls, "kept": kept, "sent": sent, "gradients": gradients}
+
+
+def _moved_elsewhere(mesh: Mesh, transport: Chunked) -> str:
+    """What is said where hooks of others copy what is saved."""
+    layer = ParallelExperts(MLP(EXPERTS // 2, WIDTH, HIDDEN).double(), mesh, transport=transport)
+    index = torch.arange(TOKENS).unsqueeze(1) % EXPERTS
+    routing = SparseRouting.from_choice(index, torch.ones(index.shape, dtype=torch.float64), EXPERTS)
+    with saved_tensors_hooks(Tensor.clone, lambda saved: saved):
+        y = layer.run(torch.randn(TOKENS, WIDTH, dtype=torch.float64), routing)
+    try:
+        y.sum().backward()
+    except RuntimeError as error:
+        return str(error)
+    return ""

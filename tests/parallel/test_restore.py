@@ -50,6 +50,21 @@ def test_a_layer_keeps_what_its_strategy_says_and_sends_again_what_it_must(tmp_p
     assert most["none"][2] - most["S4"][2] >= MIDDLE * 3 // 4 - ROWS
 
 
+def test_activation_checkpointing_runs_a_layer_in_parts_once_more_and_keeps_nothing_of_it() -> None:
+    names = ["none", "S1", "S2", "S3", "S4"]
+    for rank in run_ranks("oracles.kept:checkpointed", 2, names, seconds=60):
+        for name, got in zip(names, rank, strict=True):
+            computes, sends = name in ("S3", "S4"), name in ("S2", "S4")
+            assert got["once"] == [4, 4 * computes], name
+            assert got["calls"] == [4, 4 + 4 * computes], name
+            sent = got["sent"]
+            assert sent["recompute"] == (1 + sends) * sent["forward"], name
+            assert sent["backward"] == sent["forward"], name
+            assert got["apart"] == 0, name
+            assert got["kept"] < ROWS // 4, name  # nothing of any size
+            assert "lose what it kept" in got["copied"], name
+
+
 def test_files_hold_tensors_without_names_and_say_when_the_disk_is_full(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

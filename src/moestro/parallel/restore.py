@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,9 +153,9 @@ class Remembered:
         restore, start = self._restore, torch.zeros((), device=arrived.device, requires_grad=True)
         assert restore.middle is not None
         pack = _Pack(self._learned, restore.rows or self._later, restore.middle)
-        everything = restore.rows is keep and restore.middle is keep
-        stores = nullcontext() if everything else saved_tensors_hooks(pack, lambda stored: stored())
-        with torch.enable_grad(), stores:
+        # also where everything is kept: to the hooks of activation checkpointing every part would be a backward
+        # pass of its own, for which the whole layer runs again
+        with torch.enable_grad(), saved_tensors_hooks(pack, lambda stored: stored()):
             entered = _Enter.apply(arrived, start)
             out = self._run(entered, pack.told)
         if out.requires_grad:
@@ -218,6 +218,24 @@ class _Enter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return None, None
+
+
+def with_memory(value: Any) -> Tensor:
+    """A tensor for autograd to save, with which a value lives and goes.
+
+    The value is held by the tensor's storage, and so by whatever autograd's hooks keep of it: under activation
+    checkpointing nothing after the forward pass, and that of the second run from then on.
+    """
+    memory = torch.empty(1)
+    memory.untyped_storage().value = value  # type: ignore[attr-defined]
+    return memory
+
+
+def taken_from(memory: Tensor) -> Any:
+    """The value that lives with a tensor, once; None the second time."""
+    storage: Any = memory.untyped_storage()
+    value, storage.value = getattr(storage, "value", None), None
+    return value
 
 
 def _nothing(rows: Tensor) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moestro.parallel.blocks import block_order, parts_of, permuted
 from moestro.parallel.network import Network, Trip
-from moestro.parallel.restore import Remembered, Restore, added
+from moestro.parallel.restore import Remembered, Restore, added, taken_from, with_memory
 from moestro.parallel.traffic import Phase, forward_phase
 from moestro.parallel.transports.base import Transport, transport
 from moestro.parallel.wire import Asked
@@ -218,10 +218,10 @@ class _PipelineFunction(torch.autograd.Function):
     def forward(
         ctx: Any, rows: Tensor, link: Tensor, pipeline: _Pipeline, *learned: Tensor
     ) -> tuple[Tensor, Tensor]:
-        ctx.pipeline, ctx.learned, ctx.kept, ctx.width = pipeline, learned, [], rows.shape[1]
-        needed = any(ctx.needs_input_grad)
-        if needed and pipeline.restore.rows is None:
-            ctx.save_for_backward(rows)
+        ctx.pipeline, ctx.learned, ctx.width = pipeline, learned, rows.shape[1]
+        needed, kept = any(ctx.needs_input_grad), list[Remembered | None]()
+        if needed:
+            ctx.save_for_backward(with_memory(kept), *([rows] if pipeline.restore.rows is None else []))
 
         def compute(part: int, arrived: Tensor) -> Tensor:
             if not needed:
@@ -234,7 +234,7 @@ class _PipelineFunction(torch.autograd.Function):
                 partial(pipeline.experts, part),
                 learned,
             )
-            ctx.kept.append(part_of)
+            kept.append(part_of)
             return part_of.take()
 
         out = pipeline.run([Sent(rows, "dispatch", forward_phase())], compute, "combine", forward_phase())
@@ -242,19 +242,23 @@ class _PipelineFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, link: Tensor) -> tuple[Tensor | None, ...]:
-        kept, ctx.kept = ctx.kept, []
-        if not kept:
-            raise RuntimeError("a pipelined transport goes backward once; run the layer again for a second time")
+        memory, *resent = ctx.saved_tensors  # activation checkpointing runs the layer again here, once
+        kept = taken_from(memory)
+        if kept is None:
+            raise RuntimeError(
+                "a pipelined transport goes backward once, run the layer again for a second time; hooks that move "
+                "saved tensors elsewhere lose what it kept, pass it restore=... instead"
+            )
         total: list[Tensor | None] = [None] * len(ctx.learned)
 
         def compute(part: int, grad: Tensor, *arrived: Tensor) -> Tensor:
             nonlocal total
-            own, others = kept[part].gradients(grad, *(arrived or (None,)))
-            kept[part] = None
+            remembered, kept[part] = kept[part], None
+            own, others = remembered.gradients(grad, *(arrived or (None,)))
             total = added(total, others)
             return grad.new_zeros(len(grad), ctx.width) if own is None else own
 
         sent = [Sent(grad, "combine", "backward")]
-        sent += [Sent(rows, "dispatch", "recompute") for rows in ctx.saved_tensors]
+        sent += [Sent(rows, "dispatch", "recompute") for rows in resent]
         back = ctx.pipeline.run(sent, compute, "dispatch", "backward")
         return back, torch.zeros_like(link), None, *total
