@@ -20,7 +20,7 @@ from moestro.experts.parallel import parallel_banks
 from moestro.layers import Gradients, spread
 from moestro.parallel import Mesh, MeshShape, Placement, Transport
 from moestro.parallel.restore import Files, strategies
-from moestro.parallel.transports import Adaptive, Chunked, DropCopies, Pairwise, Shadow
+from moestro.parallel.transports import Adaptive, Chunked, DropCopies, Measured, Pairwise, Shadow
 from moestro.routing import Context
 
 VOCAB, WIDTH, HIDDEN, EXPERTS, CLIP = 31, 8, 4, 8, 0.25
@@ -82,6 +82,8 @@ class Scene:
             return {"chunked": Chunked, "pairwise": Pairwise}[name](2, strategies(Files(gettempdir()))[rest[0]])
         if name == "adaptive" and rest:
             return Adaptive(*rest[1:], degree=int(rest[0]))
+        if name == "measured":
+            return Measured(repeats=1)
         return DropCopies(rest[0]) if rest else name
 
 

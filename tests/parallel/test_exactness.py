@@ -12,7 +12,8 @@ from moestro.parallel import all_transports
 
 ROWS = ["linear", "capacity", "two-level", "leader", "chunked", "pairwise"]
 TRANSPORTS = [*ROWS, "deduplicated", "gather", "data-centric", "adaptive", "shadow"]
-TRAVEL = ("data-centric", "adaptive", "shadow")  # of experts, that must lie in one bank
+MEASURING = ["measured"]  # which take longer
+TRAVEL = ("data-centric", "adaptive", "shadow", "measured")  # of experts, that must lie in one bank
 STRATEGIES = ("S1", "S2", "S3", "S4")
 KEEPING = [f"chunked {name}" for name in ("none", *STRATEGIES)] + ["pairwise S3", "pairwise S4"]
 DEGREES = [("expert=2 tensor=2", (0, 1, 2)), ("tensor=4", (0, 1, 2, 4)), ("expert=4", (0, 1))]
@@ -65,6 +66,7 @@ def some_scenes() -> list[Scene]:
     kept = [("qwen3", "chunked none", "expert=2 tensor=2"), ("qwen3", "chunked S3", "expert=2 tensor=2")]
     kept += [("switch", "pairwise S4", "expert=2 tensor=2"), ("expert-choice", "pairwise S2", "expert=4")]
     kept += [("deepseek-v3", f"chunked {name}", "expert=4") for name in STRATEGIES]
+    kept += [("qwen3", "measured", "data=2 expert=2"), ("switch", "measured", "expert=2 tensor=2")]
     degrees += [Scene(*each, **CIRCUMSTANCES[number % 4]) for number, each in enumerate(kept)]
     return [
         *scenes,
@@ -94,7 +96,7 @@ def test_two_ranks_give_what_one_process_gives() -> None:
 
 @pytest.mark.nightly
 @pytest.mark.parametrize(
-    "transport", [*TRANSPORTS, "drop-copies linear", *KEEPING, "adaptive 0", "adaptive 1", "adaptive 2"]
+    "transport", [*TRANSPORTS, *MEASURING, "drop-copies linear", *KEEPING, "adaptive 0", "adaptive 1", "adaptive 2"]
 )
 def test_every_method_in_every_circumstance(transport: str) -> None:
     name, *degree = transport.split()

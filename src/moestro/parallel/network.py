@@ -62,6 +62,13 @@ class Network:
         """To the ranks that hold the same tokens."""
         return self._wire(self.mesh.copies)
 
+    def highest(self, values: Tensor) -> Tensor:
+        """The largest that any rank of a layer's experts and slices has, `[numbers]`; the same on all of them."""
+        for wire in (self.expert, self.tensor):
+            rows = wire.gather(values.view(1, -1), [1] * wire.size, "counts", forward_phase(), exact=True)
+            values = rows.amax(0)
+        return values
+
     def _wire(self, group: Any) -> Wire:
         return Wire(group, self.mesh.node_of, self.traffic, self.dtype)
 
@@ -104,6 +111,11 @@ class Trip:
     def fresh(self) -> Trip:
         """Another call, for what has a graph of its own."""
         return Trip(self.network, self.experts, self.device, self.slices)
+
+    @property
+    def link(self) -> Tensor:
+        """What the next exchange is chained to; before the first, where the chain begins."""
+        return self._link
 
     def parameters(self) -> list[Tensor]:
         """Of the experts of this rank."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
 
 Link = Literal["self", "intra", "inter"]
-Phase = Literal["forward", "backward", "recompute"]
+Phase = Literal["forward", "backward", "recompute", "trial"]
 LINKS: tuple[Link, ...] = get_args(Link)
 
 
@@ -19,7 +20,8 @@ class Traffic:
     """Counts what this rank sends; every collective of the transports passes through it.
 
     A link is `self` (what a rank keeps), `intra` (to a rank of the same node) or `inter` (to another node). What an
-    activation-checkpointed layer sends again is `recompute`, so that `forward` is exact with and without it.
+    activation-checkpointed layer sends again is `recompute`, so that `forward` is exact with and without it; what a
+    transport sends to learn how long it takes is `trial`.
 
     Attributes:
         sent: bytes by (name, phase, link).
@@ -28,9 +30,11 @@ class Traffic:
 
     sent: Counter[tuple[str, Phase, Link]] = field(default_factory=Counter)
     messages: Counter[tuple[str, Phase, Link]] = field(default_factory=Counter)
+    _all_as: Phase | None = None
 
     def add(self, name: str, phase: Phase, sizes: Sequence[int], links: Sequence[Link]) -> None:
         """Count messages of `sizes` bytes over `links`."""
+        phase = self._all_as or phase
         for size, link in zip(sizes, links, strict=True):
             if size:
                 self.sent[name, phase, link] += size
@@ -43,6 +47,15 @@ class Traffic:
     def number(self, name: str | None = None, phase: Phase | None = None, link: Link | None = None) -> int:
         """Messages sent; None = all names, phases, or links (also `self`)."""
         return _sum(self.messages, (name, phase, link))
+
+    @contextmanager
+    def as_trial(self) -> Iterator[None]:
+        """Count what is sent meanwhile as `trial`, there and back."""
+        before, self._all_as = self._all_as, "trial"
+        try:
+            yield
+        finally:
+            self._all_as = before
 
     def clear(self) -> None:
         """Start again from zero."""

@@ -36,7 +36,7 @@ from moestro.train.team import ALONE, Team
 FORMAT = 4  # 2 had no pieces of tensors, 3 no runs of rows
 MANIFEST, STATE = "manifest.json", "state.json"
 _GROUPS = ("model", "optimiser", "random")
-_OPTIONAL = ("placement",)
+_OPTIONAL = ("placement", "transport")
 _ROOM = 1 << 20  # for JSON, headers and names
 _CHUNK = 1 << 23  # bytes read at once
 

@@ -10,6 +10,7 @@ from moestro.layers import MoE
 from moestro.models import DecoderLM
 from moestro.train.checkpoints import Checkpoints
 from moestro.train.goodput import Goodput
+from moestro.train.learned_ways import take_ways, ways_kept
 from moestro.train.optimiser import build_optimiser
 from moestro.train.part import take_part
 from moestro.train.placing import found, kept, rebalancer_of
@@ -84,6 +85,7 @@ class Learner:
         """Be as this checkpoint was; the time that was spent since is not given back."""
         if self.rebalancer is not None:  # first, because it says which experts this process holds
             self.rebalancer.take(found(checkpoint.tensors))
+        take_ways(self.model, self.around.mesh, checkpoint.tensors)
         restore(checkpoint, self.model, self.optimiser, self.part)
         self.step = self.saved_step = checkpoint.step
 
@@ -98,7 +100,7 @@ class Learner:
             spent=self.goodput.seconds,
             bits_per_byte=bits_per_byte,
             part=self.part,
-            more=kept(self.rebalancer),
+            more=kept(self.rebalancer) | ways_kept(self.model, self.around.mesh, self.around.team),
         )
 
     def save(self, bits_per_byte: float | None) -> None:

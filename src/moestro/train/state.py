@@ -22,8 +22,8 @@ class Checkpoint:
     Attributes:
         step: optimiser steps done; also the data cursor, because batches are a pure function of the step.
         seconds: training time so far.
-        tensors: `model.*`, `optimiser.<parameter>.*`, `random.*` and `placement.*`, whole or in pieces, see
-            `moestro.train.fragments`.
+        tensors: `model.*`, `optimiser.<parameter>.*`, `random.*`, `placement.*` and `transport.*`, whole or in
+            pieces, see `moestro.train.fragments`.
         numbers: states of the random generators that are no tensors.
         fingerprint: what must not differ for the resumed run to repeat the uninterrupted one, by name.
         spent: seconds by what they were spent on, see `Goodput`.
@@ -57,7 +57,7 @@ def capture(
 
     Args:
         part: what this process holds of the model; None = all of it.
-        more: tensors that all processes have alike, `placement.*`.
+        more: tensors that all processes have alike, `placement.*` and `transport.*`.
     """
     part = part or take_part(model)
     fragments = part.fragments(model)
@@ -126,7 +126,7 @@ _MEND = "start again with overwrite, or give another output folder"
 def _strange(name: str, saved: Pieces, shapes: Mapping[str, torch.Size]) -> str | None:
     """What of a saved tensor a model with tensors of these shapes has no place for."""
     kind, _, parameter = name.partition(".")
-    if kind in ("random", "placement"):
+    if kind in ("random", "placement", "transport"):
         return None
     shape = shapes.get(parameter.rpartition(".")[0] if kind == "optimiser" else parameter)
     if shape is None:

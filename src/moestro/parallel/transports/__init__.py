@@ -6,6 +6,7 @@ from moestro.parallel.transports.capacity import StaticCapacity
 from moestro.parallel.transports.copies import DropCopies
 from moestro.parallel.transports.data_centric import DataCentric
 from moestro.parallel.transports.linear import Linear
+from moestro.parallel.transports.measured import Choice, Measured
 from moestro.parallel.transports.pipelined import Chunked, Pairwise, Pipelined
 from moestro.parallel.transports.shadow import Shadow
 from moestro.parallel.transports.tokens import Deduplicated, Gather
@@ -13,6 +14,7 @@ from moestro.parallel.transports.two_level import Leader, TwoLevel
 
 __all__ = [
     "Adaptive",
+    "Choice",
     "Chunked",
     "DataCentric",
     "Deduplicated",
@@ -20,6 +22,7 @@ __all__ = [
     "Gather",
     "Leader",
     "Linear",
+    "Measured",
     "Pairwise",
     "Pipelined",
     "Shadow",

@@ -49,7 +49,7 @@ class Adaptive(Transport):
         self._all_travel = DataCentric()
 
     def check(self, network: Network, experts: nn.Module) -> None:
-        degrees = self._degrees(network)
+        degrees = degrees_of(network)
         if self.degree is not None and self.degree not in degrees:
             raise ValueError(
                 f"degree={self.degree} does not fit {network.mesh.shape.tensor} slices; choose one of "
@@ -65,12 +65,6 @@ class Adaptive(Transport):
         trip = joined(trip, max(degree, 1))
         return (self.inside if degree else self._all_travel).carry(trip, rows, load)
 
-    @staticmethod
-    def _degrees(network: Network) -> list[int]:
-        slices = network.mesh.shape.tensor
-        whole = [0] if network.mesh.node is not None else []
-        return [*whole, *(degree for degree in range(1, slices + 1) if slices % degree == 0)]
-
     def _fewest_bytes(self, trip: Trip, rows: Tensor) -> int:
         network = trip.network
         total = torch.tensor([len(rows)], device=rows.device)
@@ -81,9 +75,16 @@ class Adaptive(Transport):
         row = rows.shape[1] * (network.dtype or rows.dtype).itemsize
         weights = sum(p.numel() * p.element_size() for p in trip.parameters())
         return min(
-            self._degrees(network),
+            degrees_of(network),
             key=lambda degree: bytes_of_degree(degree, mean, row, weights, ranks, slices),
         )
+
+
+def degrees_of(network: Network) -> list[int]:
+    """The degrees that `Adaptive` can have there, in order."""
+    slices = network.mesh.shape.tensor
+    whole = [0] if network.mesh.node is not None else []
+    return [*whole, *(degree for degree in range(1, slices + 1) if slices % degree == 0)]
 
 
 def bytes_of_degree(degree: int, rows: float, row: int, weights: int, ranks: int, slices: int) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch
@@ -33,6 +33,13 @@ class Transport(ABC):
         Shapes: rows `[rows, width]` grouped by rank and slot, load `[ranks, slots]` -> `[rows, out_width]`, the
             rows in the order in which they came.
         """
+
+    def state(self) -> dict[str, Tensor]:
+        """What it has learned that decides how it computes, for a checkpoint; as many names on every rank."""
+        return {}
+
+    def take(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027
+        """Go on with what one like it had learned; what does not fit here is left."""
 
 
 class TokenTransport(Transport):
