@@ -125,7 +125,7 @@ def arguments(
     return (
         x, routing.offsets, routing.token, pair_weight, order, starts,
         gate, experts.up, experts.down, gate_bias, experts.up_bias, experts.down_bias,
-        activation, rounding, True,
+        activation, rounding, True, False,
     )  # fmt: skip
 
 

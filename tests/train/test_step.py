@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from oracles.operators import Calls
 from torch.nn import functional as F
 from torch.testing import assert_close
 
@@ -54,6 +55,15 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(parts):
     assert b.loss == pytest.approx(a.loss, rel=1e-6)
     assert b.grad_norm == pytest.approx(a.grad_norm, rel=1e-5)
     assert_close(gradients(split), gradients(whole))
+
+
+def test_micro_batches_after_the_first_add_to_the_gradients_of_experts_where_they_are():
+    model, text = language_model(), batch()
+    with Calls() as calls:
+        stepper(model, accumulate=4)(text, 1)
+        assert calls.in_place == 3 * 2  # two layers
+        stepper(language_model())(text, 1)
+        assert calls.in_place == 3 * 2
 
 
 def test_accumulation_counts_an_auxiliary_loss_by_the_share_of_its_tokens():

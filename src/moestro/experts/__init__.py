@@ -6,7 +6,7 @@ from moestro.experts.bank import make_experts
 from moestro.experts.base import Experts
 from moestro.experts.chosen import run_chosen
 from moestro.experts.concat import ConcatExperts
-from moestro.experts.fused import all_kernels, is_fused
+from moestro.experts.fused import accumulate_in_place, all_kernels, is_fused
 from moestro.experts.glu import GLU
 from moestro.experts.mlp import MLP
 from moestro.experts.modules import ModuleExperts
@@ -39,6 +39,7 @@ __all__ = [
     "QuantisedStack",
     "TensorError",
     "ZeroExperts",
+    "accumulate_in_place",
     "all_kernels",
     "is_fused",
     "is_gated",

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from moestro.experts.activations import ACTIVATIONS
 from moestro.experts.device import on_device, run_on_device
@@ -32,6 +32,7 @@ class Stacked(Protocol):
     activation: str
     kernel: str
     recompute: bool
+    accumulates: bool
 
 
 def all_kernels(device_type: str | None = None) -> tuple[str, ...]:
@@ -67,6 +68,31 @@ def is_fused(bank: object, device_type: str) -> bool:
         and getattr(bank, "activation", None) in ACTIVATIONS
         and getattr(bank, "kernel", None) in ("auto", *KERNELS)
     )
+
+
+def accumulate_in_place(model: nn.Module, wanted: bool = True) -> list[str]:
+    """Let the backward of fused banks add to an existing `.grad` itself, for training with several micro-batches.
+
+    Otherwise every backward after the first makes a gradient as large as the bank, which autograd adds in a pass of
+    its own. The sums are equal but for their last rounding. Autograd adds as ever in `torch.autograd.grad`, under
+    `create_graph`, for banks with hooks on a parameter, in compiled graphs, for `kernel="tiled"` and on a GPU. Do
+    not use it with what sees gradients on their way into `.grad` by other means than those hooks, as
+    DistributedDataParallel does while it synchronises.
+
+    Args:
+        model: whose banks, at any depth, are told.
+        wanted: False takes it back.
+
+    Returns: names of the banks that can, in order; empty if there is none and nothing has changed.
+    """
+    able = [
+        (name, module)
+        for name, module in model.named_modules()
+        if is_fused(module, "cpu") and module.kernel != "tiled"
+    ]
+    for _, module in able:
+        module.accumulates = wanted
+    return [name for name, _ in able]
 
 
 def operator_of(bank: Stacked, x: Tensor) -> Operator | None:
@@ -127,7 +153,8 @@ def _run_on_cpu(
     inputs = (x, routing[1], *parameters)
     learns = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in inputs)
     keep = learns and not bank.recompute
-    y: Tensor = bank_operator(x, offsets, *routing, *parameters, bank.activation, rounding, keep)[0]
+    options = (bank.activation, rounding, keep, bank.accumulates)
+    y: Tensor = bank_operator(x, offsets, *routing, *parameters, *options)[0]
     return y[:, :width]
 
 

@@ -35,6 +35,8 @@ class GLU(Experts):
     gate_bias, up_bias `[experts, hidden]`, down_bias `[experts, width]`.
     """
 
+    accumulates = False  # see accumulate_in_place
+
     def __init__(
         self,
         num_experts: int,

@@ -65,6 +65,7 @@ class SwiGLUView:
     activation: str = "swiglu"
     kernel: str = "auto"
     recompute: bool = False
+    accumulates: bool = False  # views have no gradients of their own to add to
 
 
 def _as_swiglu(experts: Any) -> SwiGLUView | None:

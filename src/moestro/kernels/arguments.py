@@ -49,3 +49,6 @@ SCHEMA = (
 )
 PARAMETERS = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
 LEARNING = ("x", "weight", *PARAMETERS)  # arguments that have a gradient
+
+# earlier gradients of the parameters, that an operator adds theirs to
+EARLIER = ", ".join(f"Tensor({letter}!)? earlier_{name}" for letter, name in zip("abcdef", PARAMETERS, strict=True))

@@ -27,12 +27,15 @@ class Backward:
         grad: of y, `[tokens, width]`.
         kept: the forward's pre-activations, without rows if they are to be computed again.
         need: which gradients are asked for.
+        into: of `PARAMETERS`, earlier gradients that theirs are added to; of all that `need` asks for, or of none.
     """
 
-    def __init__(self, call: Call, grad: Tensor, kept: Tensor, need: Mapping[str, bool]) -> None:
+    def __init__(
+        self, call: Call, grad: Tensor, kept: Tensor, need: Mapping[str, bool], into: Mapping[str, Tensor]
+    ) -> None:
         self.call, self.grad, self.kept, self.need = call, grad, kept, need
         given, plan = call.given, call.plan
-        self.gradients = Gradients({name: getattr(given, name) for name in PARAMETERS}, need, plan)
+        self.gradients = Gradients({name: getattr(given, name) for name in PARAMETERS}, need, plan, into)
         self.weight = None if given.weight is None else plan.spread_weight(given.weight)
         self.filling = plan.filling() if self.weight is None else None
         self.source = plan.source if given.order is None else call.source  # of rows of grad

@@ -10,6 +10,10 @@ from torch import Tensor
 
 from moestro.kernels.plan import Chunk, Plan
 
+# A product of 1024 x rows by rows x 512 in bfloat16 that adds to its target takes 20 us longer than one that writes
+# it at 64 rows and 145 us at 512; adding afterwards takes 80 us.
+FEW_ROWS = 256
+
 
 @dataclass(frozen=True, eq=False)
 class _Part:
@@ -112,18 +116,26 @@ class Gradients:
         parameters: by name; those that are None have none.
         need: which are asked for.
         plan: says which experts have rows.
+        into: earlier gradients that these are added to, of all parameters or of none.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor | None], need: Mapping[str, bool], plan: Plan) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor | None],
+        need: Mapping[str, bool],
+        plan: Plan,
+        into: Mapping[str, Tensor],
+    ) -> None:
         self.found: dict[str, Tensor] = {}
+        self._adds = bool(into)
         self._slices: dict[str, tuple[Tensor, ...]] = {}
         busy = {e for chunk in plan.chunks for e in chunk.experts}
         for name, parameter in parameters.items():
             if parameter is None or not need[name]:
                 continue
-            gradient = torch.empty_like(parameter)
+            gradient = into[name] if into else torch.empty_like(parameter)
             self.found[name], self._slices[name] = gradient, gradient.unbind(0)
-            for e in set(range(len(parameter))) - busy:
+            for e in set(range(len(parameter))) - busy if not into else ():
                 self._slices[name][e].zero_()
 
     def add(self, names: Sequence[str], chunk: Chunk, rows: Tensor, gradient: Tensor) -> None:
@@ -136,10 +148,14 @@ class Gradients:
         for name, block in blocks.items():
             for e, x, g in chunk.groups(rows, gradient[:, block]):
                 target = self._slices[name][e]
-                if target.dtype == x.dtype:
+                if target.dtype != x.dtype:
+                    self._put([target], [torch.mm(x.t(), g)])
+                elif not self._adds:
                     torch.mm(x.t(), g, out=target)
+                elif len(x) <= FEW_ROWS:
+                    torch.addmm(target, x.t(), g, out=target)
                 else:
-                    target.copy_(torch.mm(x.t(), g))
+                    target.add_(torch.mm(x.t(), g))
 
     def _add_batch(self, blocks: Mapping[str, slice], chunk: Chunk, rows: Tensor, gradient: Tensor) -> None:
         """One product for all parameters side by side: it reads the rows once, and wide products are quicker."""
@@ -150,7 +166,7 @@ class Gradients:
         products = torch.bmm(chunk.batch(rows).transpose(1, 2), chunk.batch(wanted))
         for name, block in blocks.items():
             mine = products[..., block.start - first : block.stop - first]
-            torch._foreach_copy_([self._slices[name][e] for e in chunk.experts], mine.unbind(0))
+            self._put([self._slices[name][e] for e in chunk.experts], mine.unbind(0))
 
     def add_bias(self, name: str, chunk: Chunk, gradient: Tensor, scale: Tensor | None = None) -> None:
         """The sum of each expert's gradient rows, each times its entry of scale `[rows, 1]`."""
@@ -159,5 +175,13 @@ class Gradients:
         if scale is not None:
             gradient = gradient * scale
         for e, g in chunk.groups(gradient):
-            target = self._slices[name][e]
-            target.copy_(torch.sum(g, 0, dtype=torch.promote_types(g.dtype, torch.float32)))
+            total = torch.sum(g, 0, dtype=torch.promote_types(g.dtype, torch.float32))
+            self._put([self._slices[name][e]], [total])
+
+    def _put(self, targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """Values rounded to the gradient's dtype, in the place of what is there or added to it."""
+        if not self._adds:
+            torch._foreach_copy_(list(targets), list(values))
+            return
+        for target, value in zip(targets, values, strict=True):
+            target.add_(value.to(target.dtype) if target.itemsize < value.itemsize else value)

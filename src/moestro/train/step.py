@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from moestro.balance import RoutingLog, StepTotals
 from moestro.data import Batch
+from moestro.experts import accumulate_in_place
 from moestro.routing import Decision
 from moestro.train.culprit import Culprit, Watch, bad_gradient, bad_loss, bad_state, bad_weight
 from moestro.train.errors import NonFiniteLoss
@@ -57,7 +58,7 @@ class Stepper:
         optimiser: of the model's parameters.
         machine: device and precision.
         log: of the model's MoE layers; None for a dense model.
-        accumulate: micro-batches in a batch.
+        accumulate: micro-batches in a batch; with more than one, see `accumulate_in_place`.
         clip: largest gradient norm; 0 = no clipping.
         compiled: what to call in place of the model, for example `torch.compile(model)`.
         statistics: whose tokens an auxiliary loss is computed from, "micro-batch" or "step".
@@ -93,6 +94,8 @@ class Stepper:
         self.random_state = torch.get_rng_state()
         self.sound = Soundness(model, optimiser, check_every)
         self._forward: Callable[..., Tensor] = model if compiled is None else compiled
+        if accumulate > 1:
+            accumulate_in_place(model)
 
     def __call__(self, batch: Batch, step: int) -> StepResult:
         """Learn from one batch; raises NonFiniteLoss, naming `step`, before a bad gradient reaches the weights."""
