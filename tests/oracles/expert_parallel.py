@@ -20,7 +20,7 @@ from moestro.experts.parallel import parallel_banks
 from moestro.layers import Gradients, spread
 from moestro.parallel import Mesh, MeshShape, Placement, Transport
 from moestro.parallel.restore import Files, strategies
-from moestro.parallel.transports import Adaptive, Chunked, DropCopies, Measured, Pairwise, Shadow
+from moestro.parallel.transports import Adaptive, Chunked, DropCopies, Granular, Measured, Pairwise, Shadow
 from moestro.routing import Context
 
 VOCAB, WIDTH, HIDDEN, EXPERTS, CLIP = 31, 8, 4, 8, 0.25
@@ -84,6 +84,8 @@ class Scene:
             return Adaptive(*rest[1:], degree=int(rest[0]))
         if name == "measured":
             return Measured(repeats=1)
+        if name == "granular":
+            return Granular(memory=int(rest[0]) if rest else None, store=Files(gettempdir()), repeats=1)
         return DropCopies(rest[0]) if rest else name
 
 

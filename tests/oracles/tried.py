@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from moestro.experts import MLP
 from moestro.experts.parallel import ParallelExperts
 from moestro.parallel import Mesh, MeshShape, Network, Transport
-from moestro.parallel.transports import Linear, Measured, measured
+from moestro.parallel.restore import Files
+from moestro.parallel.transports import Chunked, Granular, Linear, Measured, measured
+from moestro.parallel.transports import granular as granular_transport
 from moestro.routing import SparseRouting
 from moestro.train import Recipe
 from moestro.train.progress import Silent
@@ -113,17 +116,17 @@ def sliced(rank: int, _: None) -> dict[str, Any]:
     return found
 
 
-def _gradients(layer: nn.Module, way: Callable[..., Tensor]) -> list[Tensor]:
+def _gradients(layer: nn.Module, way: Callable[..., Tensor], tokens: int = 12) -> list[Tensor]:
     layer.zero_grad()
-    x = torch.randn(12, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
-    y = way(lambda x: layer.run(x, _even(12, torch.float64)), x)
+    x = torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
+    y = way(lambda x: layer.run(x, _even(tokens, torch.float64)), x)
     y.square().sum().backward()
     return [y.detach(), x.grad, *(p.grad.clone() for p in layer.parameters())]
 
 
 def _layer(mesh: Mesh, transport: Transport) -> tuple[ParallelExperts, Network]:
     torch.manual_seed(0)
-    bank, slots = MLP(EXPERTS, WIDTH, 8), EXPERTS // mesh.shape.expert
+    bank, slots = MLP(EXPERTS, WIDTH, 8, kernel="loop"), EXPERTS // mesh.shape.expert
     first = mesh.experts.get_local_rank("expert") * slots
     local = bank.share(range(first, first + slots)).slice(mesh.experts.get_local_rank("tensor"), mesh.shape.tensor)
     network = Network(mesh)
@@ -168,3 +171,69 @@ def _cut_short(finished: Path, copy: Path) -> None:
     """A copy of a run as it was after step 4."""
     shutil.copytree(finished, copy)
     (copy / "result.json").unlink()
+
+
+def granular(rank: int, _: None) -> dict[str, Any]:
+    """Parts of loads of several sizes where the clock says that a part of 16 rows is best, and strategies."""
+    asked, real = list[int](), granular_transport.trial_seconds
+
+    def seconds(chunked: Chunked, trip: Any, rows: Tensor, load: Tensor, repeats: int) -> float:
+        asked.append(chunked.chunks)
+        return real(chunked, trip, rows, load, repeats) * 0 + abs(chunked.chunks - len(rows) / 16)
+
+    granular_transport.trial_seconds = seconds
+    mesh, transport = Mesh(MeshShape(expert=2), ranks_per_node=1), Granular(repeats=1)
+    layer, network = _layer(mesh, transport)
+    layer.double()
+    plain, _network = _layer(mesh, Linear())
+    plain.double()
+    parts, counts, apart = [], [], 0.0
+    for tokens in (16, 64, 32, 48, 64, 500):
+        asked.clear()
+        taken = dict(transport.taken)
+        ours, theirs = (_gradients(each, lambda run, x: run(x), tokens) for each in (layer, plain))
+        ((number, _strategy),) = [key for key, n in transport.taken.items() if n > taken.get(key, 0)]
+        parts.append([tokens, number])
+        counts.append(len(asked))
+        apart = max(apart, *(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True)))
+    again = Granular(repeats=1)
+    other, network = _layer(mesh, again)
+    again.take(transport.state())
+    _gradients(other.double(), lambda run, x: run(x), 64)
+    restored = {key: each.found for key, each in again.intervals.items()} == {
+        key: each.found for key, each in transport.intervals.items()
+    }
+    granular_transport.trial_seconds = real
+    return {
+        "parts": parts,
+        "asked": counts,
+        "apart": apart,
+        "restored": restored,
+        "tried again": network.traffic.bytes(phase="trial"),
+        **_limited(mesh),
+    }
+
+
+def _limited(mesh: Mesh) -> dict[str, Any]:
+    """Strategies under limits of memory, of 12 rows of 6 numbers with a middle of 8."""
+    found: dict[str, Any] = {"limits": {}}
+    with TemporaryDirectory() as folder:
+        every = 12 * (WIDTH + 8) * 8
+        cases = {"none": (every, Files(folder)), "files": (every - 1, Files(folder)), "sends": (every - 1, None)}
+        for name, (memory, store) in cases.items():
+            limited = Granular(parts=(2,), memory=memory, store=store, repeats=1)
+            layer, _network = _layer(mesh, limited)
+            _gradients(layer.double(), lambda run, x: run(x))
+            ((_parts, strategy),) = limited.taken
+            found["limits"][name] = strategy
+            found["rates"] = vars(next(iter(limited.rates.values())))
+            copied = Granular(parts=(2,), memory=memory, store=store)
+            _layer(mesh, copied)
+            copied.take(limited.state())
+            assert copied.rates == limited.rates
+    layer, _network = _layer(mesh, Granular(memory=100))
+    try:
+        _gradients(layer.double(), lambda run, x: run(x))
+    except ValueError as error:
+        found["too little"] = str(error)
+    return found

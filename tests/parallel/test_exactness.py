@@ -12,7 +12,7 @@ from moestro.parallel import all_transports
 
 ROWS = ["linear", "capacity", "two-level", "leader", "chunked", "pairwise"]
 TRANSPORTS = [*ROWS, "deduplicated", "gather", "data-centric", "adaptive", "shadow"]
-MEASURING = ["measured"]  # which take longer
+MEASURING = ["measured", "granular"]  # which take longer
 TRAVEL = ("data-centric", "adaptive", "shadow", "measured")  # of experts, that must lie in one bank
 STRATEGIES = ("S1", "S2", "S3", "S4")
 KEEPING = [f"chunked {name}" for name in ("none", *STRATEGIES)] + ["pairwise S3", "pairwise S4"]
@@ -67,6 +67,7 @@ def some_scenes() -> list[Scene]:
     kept += [("switch", "pairwise S4", "expert=2 tensor=2"), ("expert-choice", "pairwise S2", "expert=4")]
     kept += [("deepseek-v3", f"chunked {name}", "expert=4") for name in STRATEGIES]
     kept += [("qwen3", "measured", "data=2 expert=2"), ("switch", "measured", "expert=2 tensor=2")]
+    kept += [("qwen3", "granular", "expert=2 tensor=2"), ("expert-choice", "granular 1", "expert=4")]
     degrees += [Scene(*each, **CIRCUMSTANCES[number % 4]) for number, each in enumerate(kept)]
     return [
         *scenes,

@@ -28,7 +28,7 @@ def test_the_table_of_bytes_is_that_of_the_closed_forms(generator: ModuleType) -
 def test_every_transport_is_in_the_table_or_named_below_it(generator: ModuleType) -> None:
     from moestro.parallel import all_transports
 
-    assert set(all_transports()) - set(generator.USES) == {"drop-copies", "measured"}
+    assert set(all_transports()) - set(generator.USES) == {"drop-copies", "measured", "granular"}
 
 
 def test_the_picture_is_drawn_from_the_groups(generator: ModuleType) -> None:

@@ -13,7 +13,7 @@ import torch
 from oracles.kept import HIDDEN, TOKENS, WIDTH
 from oracles.ranks import run_ranks
 
-from moestro.parallel.restore import Files, Restore, _Pack, host, keep, strategies
+from moestro.parallel.restore import Files, Pack, Restore, host, keep, strategies
 
 ROWS, MIDDLE = TOKENS * WIDTH * 8, TOKENS * HIDDEN * 8  # of all parts together; relu keeps its results only
 # MPipeMoE's names: the rows that came, what the experts keep, the rows to be sent again; all in memory
@@ -96,7 +96,7 @@ def test_views_of_one_tensor_are_stored_once_and_a_changed_one_again() -> None:
         return keep(stored[-1])
 
     weight, rows, middle = torch.randn(2, 2), torch.randn(4, 2), torch.randn(4, 3)
-    pack = _Pack([weight], rows=keep, middle=store)
+    pack = Pack([weight], rows=keep, middle=store)
     pack.told(rows)
     whole, part = pack(middle), pack(middle[1:3, ::2])
     assert (len(stored), pack(weight)().data_ptr()) == (1, weight.data_ptr())
@@ -117,7 +117,7 @@ def test_rows_that_are_gone_are_not_taken_for_what_lies_in_their_place() -> None
         stored.append(len(tensor))
         return keep(tensor.clone())
 
-    pack = _Pack([], rows=lambda tensor: torch.zeros_like(tensor).clone, middle=store)
+    pack = Pack([], rows=lambda tensor: torch.zeros_like(tensor).clone, middle=store)
     addresses, reused, backs = set[int](), 0, []
     for size in range(1, 60):
         rows = torch.ones(64)

@@ -152,7 +152,7 @@ class Remembered:
         """Run the experts; what their graph saves goes to the stores."""
         restore, start = self._restore, torch.zeros((), device=arrived.device, requires_grad=True)
         assert restore.middle is not None
-        pack = _Pack(self._learned, restore.rows or self._later, restore.middle)
+        pack = Pack(self._learned, restore.rows or self._later, restore.middle)
         # also where everything is kept: to the hooks of activation checkpointing every part would be a backward
         # pass of its own, for which the whole layer runs again
         with torch.enable_grad(), saved_tensors_hooks(pack, lambda stored: stored()):
@@ -171,7 +171,7 @@ class Remembered:
         return self._again.flatten()
 
 
-class _Pack:
+class Pack:
     """Brings what a graph saves to its store, every piece of memory once, whatever the views of it.
 
     Args:

@@ -1,14 +1,18 @@
-"""How long a transport takes, tried out on the rows of a call before it carries them."""
+"""How long a transport, and what it is made of, takes: tried out before a call's rows are carried."""
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from moestro.parallel.network import Trip
+from moestro.parallel.restore import Pack, Store, keep
+from moestro.parallel.strategy_costs import Rates
 from moestro.parallel.transports.base import Transport
 
 
@@ -49,3 +53,54 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def rates_of(trip: Trip, like: Tensor, rows: int, store: Store | None, repeats: int = 3) -> Rates:
+    """How long the experts, the wire and a store take for a row, on the slowest rank, and what experts keep of it.
+
+    Args:
+        trip: the call, which stays as it is.
+        like: rows of the call; those that are tried are zeros, evenly spread.
+        rows: how many to try, one at least and as many on every rank.
+        store: None = none, at infinite cost.
+        repeats: of which the shortest counts.
+    """
+    wire, number = trip.network.expert, -(-rows // trip.network.expert.size)
+    tried = like.new_zeros(number * wire.size, like.shape[1])
+    each = [number] * wire.size
+    slots = getattr(trip.experts, "num_experts", 1)
+    offsets = torch.arange(slots + 1, device=like.device) * len(tried) // slots
+    works: list[Callable[[], object]] = [
+        lambda: trip.experts(tried, offsets),
+        lambda: wire.exchange(tried, each, each, "dispatch", "forward"),
+        *([lambda: store(tried)()] if store is not None else []),
+    ]
+    with trip.network.traffic.as_trial(), torch.random.fork_rng([like.device] if like.is_cuda else []):
+        with torch.no_grad():
+            seconds = [min(_timed(work, like.device) for _ in range(1 + repeats)) for work in works]
+        found = torch.tensor([*seconds, _kept(trip, tried, offsets)], dtype=torch.float64, device=like.device)
+        experts, journey, *copies, middle = (trip.network.highest(found) / len(tried)).tolist()
+    copy = copies[0] / 2 if copies else math.inf
+    return Rates(experts / 2, journey, copy, like.shape[1] * like.element_size(), middle)
+
+
+def _timed(work: Callable[[], object], device: torch.device) -> float:
+    began = _now(device)
+    work()
+    return _now(device) - began
+
+
+def _kept(trip: Trip, rows: Tensor, offsets: Tensor) -> int:
+    """Bytes that the experts keep of rows for their gradients, beside the rows and their own parameters."""
+    sizes: list[int] = []
+
+    def counted(tensor: Tensor) -> Callable[[], Tensor]:
+        sizes.append(tensor.nbytes)
+        return keep(tensor)
+
+    pack, rows = Pack(trip.parameters(), keep, counted), rows.detach().requires_grad_()
+    pack.told(rows)
+    with torch.enable_grad(), saved_tensors_hooks(pack, lambda stored: stored()):
+        out = trip.experts(rows, offsets)
+    del out
+    return sum(sizes)

@@ -5,6 +5,7 @@ from moestro.parallel.transports.base import TokenTransport, Transport, all_tran
 from moestro.parallel.transports.capacity import StaticCapacity
 from moestro.parallel.transports.copies import DropCopies
 from moestro.parallel.transports.data_centric import DataCentric
+from moestro.parallel.transports.granular import Granular
 from moestro.parallel.transports.linear import Linear
 from moestro.parallel.transports.measured import Choice, Measured
 from moestro.parallel.transports.pipelined import Chunked, Pairwise, Pipelined
@@ -20,6 +21,7 @@ __all__ = [
     "Deduplicated",
     "DropCopies",
     "Gather",
+    "Granular",
     "Leader",
     "Linear",
     "Measured",
