@@ -136,3 +136,31 @@ def _numbers(method: str, team: Team, mesh: Mesh | None, settings: ParallelSecti
         result = stepper(Batch(tokens[:, :-1], tokens[:, 1:], domain, domain.numel()), step + 1)
         numbers += [result.loss, result.grad_norm, result.auxiliary_loss]
     return numbers
+
+
+def together(rank: int, _: None) -> dict[str, Any]:
+    """What of a shared out decoder is whole while each block computes, after the forward and the backward pass."""
+    mesh, model = Mesh(MeshShape(data=2)), _model()
+    model.register_parameter("temperature", nn.Parameter(torch.tensor(2.0, dtype=torch.float64)))
+    spread(model, mesh)
+    blocks = list(model.blocks)
+    shard_dense(model, mesh, blocks)
+    seen: list[list[int]] = []
+
+    def whole(block: nn.Module) -> bool:
+        dense = [p for name, p in block.named_parameters() if "experts" not in name]
+        return not any(isinstance(p, DTensor) for p in dense)
+
+    for block in blocks:
+        inside = next(block.children())
+        inside.register_forward_hook(lambda *_: seen.append([n for n, each in enumerate(blocks) if whole(each)]))
+    logits = model(torch.randint(16, (2, LENGTH)))
+    between = _not_shared(model)
+    logits.sum().backward()
+    return {"whole": seen, "between": between, "after": _not_shared(model)}
+
+
+def _not_shared(model: nn.Module) -> list[str]:
+    """What of the dense part is whole here."""
+    dense = [(name, p) for name, p in model.named_parameters() if "experts" not in name]
+    return [name for name, p in dense if not isinstance(p, DTensor)]

@@ -16,6 +16,12 @@ def test_a_sharded_dense_part_learns_as_one_process_and_takes_a_share_of_memory(
             assert each["state"] == each["share"]
 
 
+def test_one_block_at_a_time_is_put_together_and_single_numbers_stay():
+    for found in run_ranks("oracles.sharded_training:together", 2):
+        assert found["whole"] == [[0], [1]]
+        assert found["between"] == found["after"] == ["temperature"]
+
+
 def test_copies_of_the_dense_part_are_not_sharded():
     mesh = type("Mesh", (), {"shape": MeshShape(expert=2, copies=2)})()
     with pytest.raises(ValueError, match="copies=2: ranks that hold the same tokens split"):
