@@ -10,6 +10,7 @@ our outputs. Memory freed by a step is kept for the next, for all alike (`--mall
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import torch
@@ -112,6 +113,8 @@ def main() -> None:
                     for path in arguments.paths.split(",") if with_peer else ():
                         case.add_transformers(path)
                     measure(case, dtype, report)
+                    del case
+                    gc.collect()  # its steps know it: several of the large shapes at once are killed without a word
     report.finish()
 
 
