@@ -54,6 +54,21 @@ def test_equals_the_model_for_every_attention(num_kv_heads, qk_norm, steps):
     assert_close(*both(model, tokens_for(model, batch=1, length=LENGTH), steps), rtol=1e-4, atol=1e-4)
 
 
+@each_kind
+@pytest.mark.parametrize("windows", [None, (3, None, 1), (PROMPT + 4, 30, 2)])
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("num_kv_heads", [4, 2])
+def test_equals_the_model_with_windows_and_sinks(num_kv_heads, sinks, windows, steps):
+    model = tiny_model("mixtral", num_kv_heads=num_kv_heads, windows=windows, sinks=sinks)
+    for name, parameter in model.named_parameters():
+        if name.endswith("sinks"):
+            torch.nn.init.normal_(parameter, std=2)
+    kind = CachedAttention if steps == "torch" else CompiledAttention
+    decoder = Decoder(model, model.new_cache(1, 4), steps=steps)
+    assert all(isinstance(step, kind) for step in decoder.steps[::2])
+    assert_close(*both(model, tokens_for(model, batch=1, length=LENGTH), steps), rtol=1e-4, atol=1e-4)
+
+
 @needs_compiled
 @pytest.mark.parametrize("bits", [32, 16, 8, 4])
 @pytest.mark.parametrize("method", ["qwen-moe", "deepseekmoe"])

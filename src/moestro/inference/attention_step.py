@@ -48,6 +48,10 @@ class CachedAttention:
         if attention.qk_norm == "head":
             norms: list[Any] = [attention.query_norm] * self.num_heads + [attention.key_norm] * self.num_kv_heads
             self.eps = torch.tensor([[norm.eps] for norm in norms])
+        self.window = attention.window or cache.first.shape[1]
+        self.sinks = None  # [key-value heads, group, 1]
+        if attention.sinks is not None:
+            self.sinks = attention.sinks.detach().float().view(self.num_kv_heads, -1, 1)
         weight = head_weights(attention)
         first, second = weight.chunk(2, dim=1)
         self.weight, self.swapped = weight, torch.cat([-second, first], dim=1)
@@ -57,13 +61,20 @@ class CachedAttention:
         query, key = self._rotate(self._normalise(heads[: self.rotated]), moment).split(
             [self.num_heads, self.num_kv_heads]
         )
-        place, stored = moment.position, moment.position + 1
+        place, stop = moment.position, moment.position + 1
+        seen = slice(max(0, stop - self.window), stop)
         self.keys[:, place] = key
         self.values[:, place] = heads[self.rotated :]
         query = query.view(self.num_kv_heads, -1, self.dim)  # [key-value heads, group, dim]
-        scores = torch.bmm(query, self.keys[:, :stored].transpose(1, 2))
-        mixed = torch.bmm(torch.softmax(scores, dim=-1), self.values[:, :stored])
+        scores = torch.bmm(query, self.keys[:, seen].transpose(1, 2))
+        mixed = torch.bmm(self._shares(scores), self.values[:, seen])
         return x + self.output(mixed.view(1, -1))
+
+    def _shares(self, scores: Tensor) -> Tensor:
+        """Softmax, in which a sink takes part and is then left out."""
+        if self.sinks is None:
+            return torch.softmax(scores, dim=-1)
+        return torch.softmax(torch.cat([scores, self.sinks], dim=-1), dim=-1)[..., :-1]
 
     def _normalise(self, heads: Tensor) -> Tensor:
         if self.eps is not None:

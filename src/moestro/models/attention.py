@@ -71,14 +71,8 @@ class GroupedQueryAttention(nn.Module):
 
     @property
     def plain(self) -> bool:
-        """Whether whole heads are turned in halves, after their norms, and every earlier position is seen."""
-        return (
-            self.rotary_dim == self.head_dim
-            and self.rotation == "halves"
-            and self.qk_norm != "rotated"
-            and self.window is None
-            and self.sinks is None
-        )
+        """Whether whole heads are turned in halves, after their norms."""
+        return self.rotary_dim == self.head_dim and self.rotation == "halves" and self.qk_norm != "rotated"
 
     @property
     def flops_per_pair(self) -> int:

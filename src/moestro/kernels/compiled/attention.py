@@ -1,6 +1,8 @@
 """Attention of one new token over stored keys and values, with its norm, its maps and the residual, in one call.
 
 y = x + Output(concat_h softmax(rotate(q_h) rotate(k_g)^T / sqrt(dim)) v_g)      q, k, v = QKV(norm(x))
+
+over all stored positions or the last few; a sink per head may take part in the softmax, which gives nothing.
 """
 
 from __future__ import annotations
@@ -31,21 +33,23 @@ from moestro.kernels.compiled.vectors import (
     widen,
 )
 
+NO_SINK = -3e38  # a score whose share is zero
 NORMS = ("none", "head", "full")
 FIELDS = (
     *("x", "out", "cosine", "sine", "position"),  # set for every token
-    *("width", "heads", "kv_heads", "dim", "positions", "norm", "bfloat16"),
-    *("qkv", "output", "qkv_bias", "output_bias", "norm_weight", "head_weight", "keys", "values"),
+    *("width", "heads", "kv_heads", "dim", "positions", "window", "norm", "bfloat16"),
+    *("qkv", "output", "qkv_bias", "output_bias", "norm_weight", "head_weight", "sinks", "keys", "values"),
     *("row", "rounded", "projected", "queries", "scores", "mixed", "sums"),
 )
 ATTENTION = np.dtype(
     [(name, np.int64) for name in FIELDS] + [(name, np.float64) for name in ("eps", "query_eps", "key_eps")]
 )
-"""A call. Addresses, of float32 unless said otherwise:
+"""A call; `window`: positions that are seen, the token's own included. Addresses, of float32 unless said otherwise:
 
 x, out and norm_weight `[width]`, cosine and sine `[dim / 2]`; qkv and output: MATRIX records; their biases
 `[(heads + 2 kv_heads) dim]` and `[width]`, 0 = none; head_weight
 `[heads + kv_heads, dim]`: weights of the norms of queries and keys, those of queries times the scale of the scores;
+sinks `[heads]`, 0 = none;
 keys and values `[kv_heads, positions, dim]` float32 or bfloat16; row `[parts, in of qkv]`, rounded: a ROUNDED
 record per part, projected `[parts or 1, out of qkv]`, queries `[heads, dim]`, scores `[parts, positions]`, mixed
 `[in of output]`, sums `[parts or 1, out of output]`."""
@@ -109,16 +113,16 @@ def _place(call: Any, keys: Any, values: Any, part: int, parts: int) -> None:
 
 
 @numba.njit(fastmath=True)
-def _attend(query: Any, keys: Any, values: Any, scores: Any, out: Any) -> None:
+def _attend(query: Any, keys: Any, values: Any, sink: Any, scores: Any, out: Any) -> None:
     """One head. Shapes: query and out `[dim]`, keys and values `[stored, dim]`, scores `[stored or more]`."""
-    stored, most = len(keys), np.float32(-3e38)
+    stored, most = len(keys), sink
     for position in range(stored):
         key, score = keys[position], np.float32(0)
         for d in range(len(query)):
             score += query[d] * widen(key[d])
         scores[position] = score
         most = max(most, score)
-    total = np.float32(0)
+    total = exponential(sink - most)
     for position in range(stored):
         scores[position] = exponential(scores[position] - most)
         total += scores[position]
@@ -135,9 +139,13 @@ def _attend_heads(call: Any, keys: Any, values: Any, part: int, parts: int) -> N
     scores = view(call.scores, (parts, call.positions), np.float32)[part]
     mixed = view(call.mixed, (call.heads, call.dim), np.float32)
     first, last = share(call.heads, part, parts)
+    stop = call.position + 1
+    start = max(0, stop - call.window)
     for head in range(first, last):
-        kv_head, stored = head // (call.heads // call.kv_heads), call.position + 1
-        _attend(queries[head], keys[kv_head, :stored], values[kv_head, :stored], scores, mixed[head])
+        kv_head, sink = head // (call.heads // call.kv_heads), np.float32(NO_SINK)
+        if call.sinks != 0:
+            sink = view(call.sinks, call.heads, np.float32)[head]
+        _attend(queries[head], keys[kv_head, start:stop], values[kv_head, start:stop], sink, scores, mixed[head])
 
 
 @numba.njit
