@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from oracles.entry import entry
@@ -10,7 +11,7 @@ from oracles.ranks import run_ranks
 from safetensors.torch import load_file
 
 from moestro.inspect import write_report
-from moestro.parallel import MeshShape
+from moestro.parallel import POLICIES, Cluster, LayerCost, MeshShape
 from moestro.train import dump_recipe, load_recipe, train_run
 from moestro.train.build import build_model, mesh_shape
 from moestro.train.checkpoint_files import read_checkpoint
@@ -160,11 +161,30 @@ def test_what_would_have_no_effect_is_refused(tmp_path):
         ({"policy": "refined", "predictor": "oracle"}, "unknown predictor 'oracle'"),
         ({"policy": "refined", "predictor": "arima", "every": 20}, "arima needs 26 steps"),
         ({"policy": "refined", "gain": 0.5}, "gain"),
+        ({"policy": "refined", "flops": 1e12}, "refined compares loads only, flops has no effect; leave it out"),
+        ({"policy": "flexmoe", "slots": 12, "between": 0}, "between"),
+        ({"inside": 1e9}, "inside has no effect without a policy"),
     ],
 )
 def test_bad_words_are_one_sentence(tmp_path, words, message):
     with pytest.raises(RecipeError, match=message):
         load_recipe(None, {"parallel": {"placement": words}})
+
+
+def test_speeds_of_a_recipe_decide_what_pays():
+    words = {"policy": "flexmoe", "slots": 12, "flops": 1e9, "between": 1e6}
+    section = load_recipe(None, {"parallel": {"placement": words}}).parallel.placement
+    assert section.speeds == {"flops": 1e9, "between": 1e6}
+    load = np.array([[50, 50, 50, 50, 50, 900, 50, 50]] * 3)
+
+    def replicated(speeds):
+        """Experts that both of two processes hold."""
+        cluster = Cluster(2, 10, cost=LayerCost(16, 1_000_000, 8, **speeds))
+        placement = POLICIES["flexmoe"](load, cluster)
+        return set(placement.experts_of(0)) & set(placement.experts_of(1))
+
+    assert 5 in replicated(section.speeds)  # the busiest, where products are dear
+    assert replicated({"flops": 1e15, "inside": 1e3, "between": 1e3}) == set()  # where gradients of replicas are
 
 
 def test_a_policy_that_is_taken_away_takes_its_options_along(tmp_path):

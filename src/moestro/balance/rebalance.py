@@ -87,6 +87,8 @@ class Rebalancer:
         gain: least gain for which a layer's experts move.
         history: steps that are remembered.
         groups: of experts, for node-limited routing.
+        speeds: of the machine, where they are not those of `LayerCost`: `flops`, `inside` and `between`; only
+            policies in `moestro.parallel.policies.WEIGHING` look at them.
 
     Raises:
         ValueError: unknown names, numbers out of range, a policy that cannot fill the slots, or a model without
@@ -104,6 +106,7 @@ class Rebalancer:
         gain: float = 1.1,
         history: int = 1000,
         groups: int = 1,
+        speeds: Mapping[str, float] | None = None,
     ) -> None:
         for name, word, known in (("policy", policy, POLICIES), ("predictor", predictor, PREDICTORS)):
             if word not in known:
@@ -117,7 +120,7 @@ class Rebalancer:
         if not self._layers:
             raise ValueError("no layer of this model has its experts spread over ranks; call spread(...) first")
         self.mesh, self.every, self.gain, self.groups = mesh, every, gain, groups
-        self.policy, self.predictor = policy, PREDICTORS[predictor]
+        self.policy, self.predictor, self.speeds = policy, PREDICTORS[predictor], dict(speeds or {})
         self._memories = {name: LoadMemory(history, mesh.dense) for name in self._layers}
         for name, (moe, bank) in self._layers.items():
             moe.controllers = [*moe.controllers, self._memories[name]]
@@ -206,7 +209,7 @@ class Rebalancer:
         ranks = bank.placement.ranks
         nodes = max(1, ranks // min(ranks, self.mesh.ranks_per_node))
         element = next(bank.parameters()).element_size()
-        cost = LayerCost(bank.width, bank.parameters_per_expert(), element)
+        cost = LayerCost(bank.width, bank.parameters_per_expert(), element, **self.speeds)
         return Cluster(ranks, len(bank.placement.expert_of_slot), nodes, self.groups, cost)
 
 

@@ -22,6 +22,8 @@ class _Section(Protocol):
     def every(self) -> int: ...
     @property
     def history(self) -> int: ...
+    @property
+    def speeds(self) -> Mapping[str, float]: ...
 
 
 def check_placement(section: _Section, place: Callable[[str], str]) -> None:
@@ -34,7 +36,7 @@ def check_placement(section: _Section, place: Callable[[str], str]) -> None:
     if section.policy is None:
         return
     from moestro.parallel import POLICIES, PREDICTORS
-    from moestro.parallel.policies import REPLICATING
+    from moestro.parallel.policies import REPLICATING, WEIGHING
     from moestro.parallel.predict import LEAST_STEPS
 
     movers = [name for name in POLICIES if name != "contiguous"]  # which never moves anything
@@ -46,6 +48,11 @@ def check_placement(section: _Section, place: Callable[[str], str]) -> None:
         raise RecipeError(
             f"{place('slots')}: {section.policy} holds every expert once; leave slots out, or choose one of "
             f"{', '.join(sorted(REPLICATING))}"
+        )
+    for key in section.speeds if section.policy not in WEIGHING else ():
+        raise RecipeError(
+            f"{place(key)}: {section.policy} compares loads only, {key} has no effect; leave it out, or choose one "
+            f"of {', '.join(sorted(WEIGHING))}"
         )
     least = LEAST_STEPS.get(section.predictor, 1)
     for key, steps in (("every", section.every), ("history", section.history)):

@@ -56,6 +56,7 @@ def rebalancer_of(model: nn.Module, mesh: Mesh | None, section: PlacementSection
         predictor=section.predictor,
         gain=section.gain,
         history=section.history,
+        speeds=section.speeds,
     )
 
 

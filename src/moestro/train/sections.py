@@ -135,6 +135,21 @@ class PlacementSection(Section):
         1.1, ge=1, description="experts move if the busiest process had so many times as much to do"
     )
     history: int = Field(1000, ge=1, description="steps whose loads are remembered")
+    flops: float | None = Field(
+        None, gt=0, description="flexmoe: products and sums of a process in a second; default: 11.5e12"
+    )
+    inside: float | None = Field(
+        None, gt=0, description="flexmoe: bytes in a second between processes of a machine; default: 6.25e9"
+    )
+    between: float | None = Field(
+        None, gt=0, description="flexmoe: bytes in a second between machines; default: 6.25e9"
+    )
+
+    @property
+    def speeds(self) -> dict[str, float]:
+        """Those of the machine that are given, by name."""
+        given = {"flops": self.flops, "inside": self.inside, "between": self.between}
+        return {name: speed for name, speed in given.items() if speed is not None}
 
     @field_validator("policy", mode="before")
     @classmethod

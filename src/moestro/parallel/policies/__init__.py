@@ -18,12 +18,14 @@ POLICIES: dict[str, Policy] = {
     "refined": refined,
 }
 REPLICATING = {"eplb", "eplb-global", "flexmoe", "refined"}  # the others hold every expert once
+WEIGHING = {"flexmoe"}  # a gain against its price, in seconds of a machine; the others only compare loads
 OF_THE_PAST = {"anti-correlation"}  # sees what happened: a forecast is as smooth as its predictor
 
 __all__ = [
     "OF_THE_PAST",
     "POLICIES",
     "REPLICATING",
+    "WEIGHING",
     "Cluster",
     "Policy",
     "Pool",
