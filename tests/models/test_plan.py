@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from oracles.tiny_models import tiny_model
 
 from moestro.models import build_language_model, plan
+from moestro.models.memory import Activations
 
 MODELS = {
     "mixtral": {"num_kv_heads": 2},
@@ -68,3 +69,22 @@ def test_a_model_without_memory_has_the_same_plan():
     with torch.device("meta"):
         model = build_language_model(**arguments)
     assert plan(model, batch_size=2, length=16, device="cpu") == plan(tiny_model(), batch_size=2, length=16)
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "relu"])
+def test_the_operator_of_a_gpu_keeps_what_that_of_a_cpu_does(activation, monkeypatch):
+    monkeypatch.setattr("moestro.kernels.triton.is_installed", lambda: True)
+    model = tiny_model(activation=activation)
+    width, block, bank = 32, model.blocks[0], model.blocks[0].moe.experts
+    on_cpu, on_gpu = (Activations(torch.bfloat16, 64, device) for device in ("cpu", "cuda"))
+    assert on_gpu.feed_forward(block, width) == on_cpu.feed_forward(block, width)
+    assert on_cpu.casts_by_expert(block.moe)
+    assert not on_gpu.casts_by_expert(block.moe)  # autocast copies all weights of a bank at once there
+    fused = on_gpu.feed_forward(block, width)
+    bank.kernel = "native"
+    assert on_gpu.feed_forward(block, width) > fused
+    bank.kernel = "auto"
+    wide = [Activations(torch.float32, 64, device).feed_forward(block, width) for device in ("cpu", "cuda")]
+    assert wide[1] > wide[0]  # auto leaves float32 to torch's own products there
+    bank.kernel = "triton"
+    assert Activations(torch.float32, 64, "cuda").feed_forward(block, width) == wide[0]

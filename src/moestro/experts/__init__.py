@@ -6,6 +6,7 @@ from moestro.experts.bank import make_experts
 from moestro.experts.base import Experts
 from moestro.experts.chosen import run_chosen
 from moestro.experts.concat import ConcatExperts
+from moestro.experts.device import is_planned_on_device
 from moestro.experts.fused import accumulate_in_place, all_kernels, is_fused
 from moestro.experts.glu import GLU
 from moestro.experts.mlp import MLP
@@ -43,6 +44,7 @@ __all__ = [
     "all_kernels",
     "is_fused",
     "is_gated",
+    "is_planned_on_device",
     "make_experts",
     "quantise",
     "quantise_feed_forward",

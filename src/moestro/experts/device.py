@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moestro.experts.activations import ACTIVATIONS
 from moestro.kernels import as_autocast
 from moestro.kernels import triton as kernels
 
@@ -14,6 +15,19 @@ from moestro.kernels import triton as kernels
 def on_device(bank: Any, x: Tensor) -> bool:
     """Whether the Triton operator runs this bank on these rows; by its kernel, or by the rule of `auto`."""
     return bank.kernel == "triton" or (bank.kernel == "auto" and kernels.suits(as_autocast(x[:0])))
+
+
+def is_planned_on_device(bank: Any, device_type: str, dtype: torch.dtype) -> bool:
+    """Whether the Triton operator would run a stacked bank in that dtype on such a device, which need not be here.
+
+    By its kernel; or by the rule of `auto`, which this machine's packages and an NVIDIA device from Ampere on are
+    taken to fulfil.
+    """
+    if not hasattr(bank, "recompute") or getattr(bank, "activation", None) not in ACTIVATIONS:
+        return False
+    if bank.kernel != "auto":
+        return bool(bank.kernel == "triton")
+    return device_type == "cuda" and dtype in (torch.bfloat16, torch.float16) and kernels.is_installed()
 
 
 def run_on_device(bank: Any, x: Tensor, offsets: Tensor, routing: tuple[Tensor | None, ...]) -> Tensor:

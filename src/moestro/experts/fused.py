@@ -61,7 +61,10 @@ def check_kernel(name: str, recompute: bool = False, activation: str = ACTIVATIO
 
 
 def is_fused(bank: object, device_type: str) -> bool:
-    """Whether the fused operator runs a bank there: stacked, on a CPU, with a kernel that allows it."""
+    """Whether the CPU's fused operator runs a bank there: stacked, on a CPU, with a kernel that allows it.
+
+    That of a GPU is Triton's, see `is_planned_on_device`.
+    """
     return (
         device_type == "cpu"
         and hasattr(bank, "recompute")

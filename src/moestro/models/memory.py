@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from moestro.experts import ConcatExperts, is_fused, is_gated
+import torch
+
+from moestro.experts import ConcatExperts, is_fused, is_gated, is_planned_on_device
 from moestro.layers import MoE
 from moestro.models.attend import SHORT
 from moestro.models.attention import GroupedQueryAttention
@@ -20,14 +22,19 @@ class Activations:
     The residual stream, norms and routers are float32, whatever the precision.
 
     Attributes:
-        size: bytes of a number under autocast; 4 = no autocast.
+        dtype: of autocast; float32 = none.
         length: tokens in a sequence.
-        on_cpu: attention of short sequences then writes its scores out (see `attend`).
+        device_type: where attention of short sequences writes its scores out, "cpu" (see `attend`), or not.
     """
 
-    size: int
+    dtype: torch.dtype
     length: int
-    on_cpu: bool
+    device_type: str
+
+    @property
+    def size(self) -> int:
+        """Bytes of a number under autocast."""
+        return self.dtype.itemsize
 
     def model(self, model: DecoderLM) -> int:
         """Everything between embedding and head."""
@@ -52,7 +59,7 @@ class Activations:
 
     @property
     def _scores_kept(self) -> bool:
-        return self.on_cpu and self.size == 2 and self.length <= SHORT
+        return self.device_type == "cpu" and self.size == 2 and self.length <= SHORT
 
     def _grouped_query(self, attention: GroupedQueryAttention) -> int:
         heads, kv_heads, dim = attention.num_heads, attention.num_kv_heads, attention.head_dim
@@ -81,16 +88,16 @@ class Activations:
 
     def _routed(self, moe: MoE, width: int) -> float:
         """What the experts keep of a token: dispatched rows and hidden states, or if fused what they multiply."""
-        if not self.fused(moe):
+        if not (self.casts_by_expert(moe) or is_planned_on_device(moe.experts, self.device_type, self.dtype)):
             return moe.top_k * (self._hidden(moe.experts, width) + 2 * width * self.size)
         bank: Any = moe.experts
         states = 0 if bank.recompute else (2 if is_gated(bank.activation) else 1) * bank.hidden
         copy = width if self.size < 4 else 0
         return self.size * (moe.top_k * states + copy)
 
-    def fused(self, moe: MoE) -> bool:
-        """Whether the experts run as one operator, which also casts weights one expert at a time."""
-        return is_fused(moe.experts, "cpu" if self.on_cpu else "other")
+    def casts_by_expert(self, moe: MoE) -> bool:
+        """Whether the CPU's fused operator runs the experts, which casts weights one expert at a time."""
+        return is_fused(moe.experts, self.device_type)
 
     def _hidden(self, network: Any, width: int) -> int:
         """Hidden states of one gated or plain network; under autocast each of its inputs is a copy."""

@@ -60,9 +60,8 @@ def plan(
     """
     counts, tokens = model.parameter_counts(), batch_size * length
     weight = model.embedding.weight
-    on_cpu = (device or weight.device.type).split(":")[0] == "cpu"
-    size = precision.itemsize
-    activations = Activations(size, length, on_cpu)
+    device_type = (device or weight.device.type).split(":")[0]
+    size, activations = precision.itemsize, Activations(precision, length, device_type)
     weight_bytes = counts.total * weight.element_size()
     memory = {
         "weights": weight_bytes,
@@ -76,6 +75,6 @@ def plan(
 
 
 def _cast_in_place(model: DecoderLM, activations: Activations) -> int:
-    """Parameters that are never cast as a whole: those of fused experts."""
-    moes = [block.moe for block in model.blocks if block.moe is not None and activations.fused(block.moe)]
+    """Parameters that are never cast as a whole: those of experts that are fused on a CPU."""
+    moes = [block.moe for block in model.blocks if block.moe is not None and activations.casts_by_expert(block.moe)]
     return sum(p.numel() for moe in moes for p in moe.experts.parameters())
