@@ -17,7 +17,9 @@ def top_k(scores: Tensor, k: int) -> Tensor:
 
     Shapes: scores `[..., experts]` -> `[..., k]` int64.
     """
-    if scores.numel() < _MANY or torch.compiler.is_compiling() or not scores.is_floating_point():
+    if torch.compiler.is_compiling():  # asked first: a graph serves every number of tokens
+        return _sorted(scores, k)
+    if scores.numel() < _MANY or not scores.is_floating_point():
         return _sorted(scores, k)
     if 0 < _FEW * k <= scores.shape[-1] and scores.device.type == "cpu":
         found = _maxima(scores.detach(), k)
