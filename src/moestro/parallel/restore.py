@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,9 +153,9 @@ class Remembered:
         restore, start = self._restore, torch.zeros((), device=arrived.device, requires_grad=True)
         assert restore.middle is not None
         pack = Pack(self._learned, restore.rows or self._later, restore.middle)
-        # also where everything is kept: to the hooks of activation checkpointing every part would be a backward
-        # pass of its own, for which the whole layer runs again
-        with torch.enable_grad(), saved_tensors_hooks(pack, lambda stored: stored()):
+        everything = restore.rows is keep and restore.middle is keep
+        stores = nullcontext() if everything else saved_tensors_hooks(pack, lambda stored: stored())
+        with torch.enable_grad(), stores:
             entered = _Enter.apply(arrived, start)
             out = self._run(entered, pack.told)
         if out.requires_grad:
