@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 CHUNK = 1024  # rows that are gathered and activated together: they stay in the cache between two products
 CHUNKS_PER_THREAD = 8  # at least, where experts are small enough: so that threads end together
 TILE = 32
+REMEMBERED = 2**15  # rows of a plan that is worth keeping for the backward: larger ones take little of their time
 BATCH = 2048  # rows of a batched chunk at most: a quarter of all rows, but no fewer than half as many as this
 WASTE = 1 / 8  # of the rows of a batched chunk may be there to make its experts equal
 
@@ -133,7 +135,13 @@ def make_plan(offsets: Tensor, rounding: Rounding, threads: int = 1) -> Plan:
 
     Where rows lie does not depend on the threads: a backward may have others than its forward.
     """
-    bounds = offsets.tolist()
+    bounds = tuple(offsets.tolist())
+    return (_remembered if bounds[-1] <= REMEMBERED else _planned)(bounds, rounding, threads)
+
+
+@torch.inference_mode(False)  # what is remembered serves training too
+def _planned(bounds: tuple[int, ...], rounding: Rounding, threads: int) -> Plan:
+    offsets = torch.tensor(bounds)
     counts = [stop - start for start, stop in pairwise(bounds)]
     if rounding.batched:
         return _batched_plan(offsets, counts, rounding)
@@ -144,6 +152,9 @@ def make_plan(offsets: Tensor, rounding: Rounding, threads: int = 1) -> Plan:
     if sizes == counts:
         return Plan(chunks, None, None, rows)
     return Plan(chunks, *_places(offsets, counts, range(len(counts)), sizes), rows)
+
+
+_remembered = lru_cache(64)(_planned)  # a backward wants its forward's, of every layer; 32 MB at most
 
 
 def _places(offsets: Tensor, counts: list[int], order: Sequence[int], sizes: list[int]) -> tuple[Tensor, Tensor]:

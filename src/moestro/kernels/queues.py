@@ -8,8 +8,10 @@ twice the speed of one thread from two queues, and at 0.87 with two threads in e
 from __future__ import annotations
 
 import heapq
-import threading
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -63,6 +65,12 @@ def shared_out(chunks: Sequence[Chunk], threads: int) -> tuple[list[Chunk], list
     return together, apart
 
 
+@cache
+def _helpers(process: int) -> ThreadPoolExecutor:
+    """Threads that stay: a new one starts in 0.25 ms and without the memory that products left to the last."""
+    return ThreadPoolExecutor(MOST_QUEUES - 1, thread_name_prefix="moestro-queue")
+
+
 def _longest_queue(rows: Sequence[int], threads: int) -> int:
     """Rows of the longest queue if each chunk goes to whoever is done first."""
     queues = [0] * threads
@@ -91,16 +99,13 @@ def _run_apart(queue: Iterator[Chunk], work: Work, scratches: Sequence[Scratch],
         except BaseException as error:
             errors.append(error)
 
-    helpers = [threading.Thread(target=take, args=(scratch,)) for scratch in scratches[1:]]
     before = torch.get_num_threads()
-    if helpers:
+    if len(scratches) > 1:
         let_threads_sleep()
     try:
-        for helper in helpers:
-            helper.start()
+        helping = [_helpers(os.getpid()).submit(take, scratch) for scratch in scratches[1:]]
         take(scratches[0])
-        for helper in helpers:
-            helper.join()
+        wait([each for each in helping if not each.cancel()])
     finally:
         torch.set_num_threads(before)  # last of all: it is also what threads yet to come begin with
     if errors:
