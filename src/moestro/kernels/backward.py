@@ -36,20 +36,17 @@ class Backward:
         self.call, self.grad, self.kept, self.need = call, grad, kept, need
         given, plan = call.given, call.plan
         self.gradients = Gradients({name: getattr(given, name) for name in PARAMETERS}, need, plan, into)
-        wide = torch.promote_types(given.x.dtype, torch.float32)
-        # as the forward rounded them
-        weight = None if given.weight is None else given.weight.to(given.x.dtype).to(wide)
-        self.weight = None if weight is None else plan.spread_weight(weight)
+        self.weight = None if given.weight is None else plan.spread_weight(given.weight)
         self.filling = plan.filling() if self.weight is None else None
         self.source = plan.source if given.order is None else call.source  # of rows of grad
         self.grad_rows = given.x.new_empty(plan.rows if need["x"] else 0, call.width)
-        self.grad_weight = torch.empty(plan.rows, dtype=wide)
+        self.grad_weight = torch.empty(plan.rows, dtype=torch.promote_types(given.x.dtype, torch.float32))
 
     def run(self) -> dict[str, Tensor]:
         """The gradients that are asked for, by name."""
         call, given = self.call, self.call.given
         columns = {"rows": call.width, "h": call.hidden, "dh": call.hidden, "d_inner": call.inner.columns}
-        columns |= {"spare": call.between.spare}
+        columns |= {"act": call.hidden if call.activation.gated else 0}
         columns |= {"inner": 0 if len(self.kept) else call.inner.columns}
         run_chunks(call.plan.chunks, self.chunk, given.x, columns, call.threads)
         found = self.gradients.found
@@ -62,12 +59,14 @@ class Backward:
     def chunk(self, chunk: Chunk, scratch: Scratch) -> None:
         """From the gradient of the chunk's outputs to those of its rows and experts."""
         call = self.call
-        h, dh, d_inner = (scratch(name, chunk) for name in ("h", "dh", "d_inner"))
+        act, h, dh, d_inner = (scratch(name, chunk) for name in ("act", "h", "dh", "d_inner"))
         inner = self._inner(chunk, scratch)
         dy = picked(self.grad, self.source, chunk, scratch("rows", chunk))
+        call.activate(chunk, inner, act, h)
         call.outer.multiply_transposed(chunk, dy, dh)
-        self._through(chunk, dy, inner, dh, h, d_inner, scratch("spare", chunk))
+        self._weigh(chunk, dy, h, dh, spare=d_inner[:, : call.hidden])
         self._outer_gradients(chunk, h, dy)
+        self._through_activation(chunk, inner, act, dh, d_inner)
         rows = call.rows(chunk, scratch("rows", chunk))  # where dy was, which is spent
         self._inner_gradients(chunk, rows, d_inner)
         if self.need["x"]:
@@ -81,18 +80,19 @@ class Backward:
         self.call.inner.multiply(chunk, self.call.rows(chunk, scratch("rows", chunk)), inner)
         return inner
 
-    def _through(
-        self, chunk: Chunk, dy: Tensor, inner: Tensor, dh: Tensor, h: Tensor, d_inner: Tensor, spare: Tensor
-    ) -> None:
-        """Weighted h, and the gradients of pre-activations and combine weights; zero in rows that only fill."""
-        weight = None if self.weight is None else self.weight[chunk.start : chunk.stop]
-        wanted = weight is not None and self.need["weight"]
-        d_weight = self.grad_weight[chunk.start : chunk.stop] if wanted else None
-        if weight is None and self.filling is not None:
-            clear_filling(self.filling, chunk, dy, dh)
-        self.call.between.backward(chunk, inner, dh, weight, h, d_inner, d_weight, spare)
-        if d_weight is not None:
-            self.call.outer.add_bias_products(chunk, dy, d_weight)
+    def _weigh(self, chunk: Chunk, dy: Tensor, h: Tensor, dh: Tensor, spare: Tensor) -> None:
+        """The gradient of the combine weights; then h and dh times the weights, and zero in rows that only fill."""
+        if self.weight is None:
+            if self.filling is not None:
+                clear_filling(self.filling, chunk, dy, dh)
+            return
+        if self.need["weight"]:
+            grad_weight = self.grad_weight[chunk.start : chunk.stop]
+            torch.sum(torch.mul(dh, h, out=spare), 1, dtype=grad_weight.dtype, out=grad_weight)
+            self.call.outer.add_bias_products(chunk, dy, grad_weight)
+        scale = self._scale(chunk, dh)
+        dh.mul_(scale)
+        h.mul_(scale)
 
     def _outer_gradients(self, chunk: Chunk, weighted: Tensor, dy: Tensor) -> None:
         self.gradients.add(("down",), chunk, weighted, dy)
@@ -103,9 +103,18 @@ class Backward:
         assert self.weight is not None
         return self.weight[chunk.start : chunk.stop].unsqueeze(1).to(like.dtype)
 
+    def _through_activation(self, chunk: Chunk, inner: Tensor, act: Tensor, dh: Tensor, d_inner: Tensor) -> None:
+        """The gradient of the pre-activations into `d_inner`; `dh` is spent."""
+        gate, up = self.call.halves(inner)
+        d_gate, d_up = self.call.halves(d_inner)
+        if self.call.activation.gated:
+            torch.mul(dh, act, out=d_up)
+            dh.mul_(up)
+        chunk.rowwise(self.call.activation.backward, dh, gate, d_gate)
+
     def _inner_gradients(self, chunk: Chunk, rows: Tensor, d_inner: Tensor) -> None:
         names = ("gate", "up") if self.call.given.gate is not None else ("up",)
         self.gradients.add(names, chunk, rows, d_inner)
-        blocks = self.call.between.halves(d_inner) if len(names) == 2 else (d_inner,)
+        blocks = self.call.halves(d_inner) if len(names) == 2 else (d_inner,)
         for name, block in zip(names, blocks, strict=True):
             self.gradients.add_bias(f"{name}_bias", chunk, block)

@@ -50,7 +50,7 @@ def bank(*arguments: Any) -> tuple[Tensor, Tensor]:
         rows, h = call.rows(chunk, scratch("x", chunk)), scratch("h", chunk)
         inner = kept[chunk.start : chunk.stop] if keep else scratch("inner", chunk)
         call.inner.multiply(chunk, rows, inner)
-        call.between.forward(chunk, inner, h)
+        call.activate(chunk, inner, h, h)
         call.outer.multiply(chunk, h, out[chunk.start : chunk.stop])
 
     columns = {"x": call.width, "h": call.hidden, "inner": 0 if keep else call.inner.columns}

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moestro.kernels.activate import FUSED
 from moestro.kernels.arguments import Arguments
-from moestro.kernels.between import between_for
 from moestro.kernels.matrices import Matrices
 from moestro.kernels.plan import ROUNDINGS, Chunk, make_plan, most_rows
 from moestro.kernels.rows import picked
@@ -29,15 +29,27 @@ class Call:
         self.plan = make_plan(given.offsets, ROUNDINGS[given.rounding], self.threads)
         self.inner = Matrices((given.gate, given.up), (given.gate_bias, given.up_bias), given.x.dtype)
         self.outer = Matrices((given.down,), (given.down_bias,), given.x.dtype)
+        self.activation = FUSED[given.activation]
         self.width, self.hidden = given.x.shape[1], given.down.shape[1]
-        self.between = between_for(given.activation, self.hidden, given.x)
-        wanted = self.hidden * (1 + self.between.activation.gated)
-        assert self.inner.columns == wanted, "gate and up do not fit down"
+        assert self.inner.columns == self.hidden * (1 + self.activation.gated), "gate and up do not fit down"
         self.source = self.plan.source if given.token is None else self.plan.spread(given.token)
 
     def rows(self, chunk: Chunk, into: Tensor) -> Tensor:
         """The chunk's rows of x."""
         return picked(self.given.x, self.source, chunk, into)
+
+    def halves(self, inner: Tensor) -> tuple[Tensor, Tensor]:
+        """Gate and up of a chunk's inner rows; twice the same without a gate."""
+        return inner[:, : self.hidden], inner[:, -self.hidden :]
+
+    def activate(self, chunk: Chunk, inner: Tensor, act: Tensor, out: Tensor) -> None:
+        """`act(gate)` into `act` and its product with `up` into `out`; without a gate `act(up)` into `out`."""
+        gate, up = self.halves(inner)
+        if not self.activation.gated:
+            act = out
+        chunk.rowwise(self.activation.forward, gate, act)
+        if self.activation.gated:
+            torch.mul(act, up, out=out)
 
     def combine(self, rows: Tensor, weight: Tensor | None) -> Tensor:
         """Rows as pairs, or their weighted sum per token in the order of its choices."""

@@ -143,9 +143,9 @@ def repeatable(machine: Machine) -> Iterator[None]:
 def versions() -> dict[str, str]:
     """The versions on which exact numbers depend."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
-    for name in ("moestro", "torch", "numpy", "safetensors", "numba"):
+    for name in ("moestro", "torch", "numpy", "safetensors"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "none" if name == "numba" else "unknown"  # an extra, which compiles kernels
+            found[name] = "unknown"
     return found

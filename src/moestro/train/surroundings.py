@@ -9,7 +9,7 @@ import torch
 from moestro.data import Corpus
 from moestro.parallel import Mesh
 from moestro.train.interrupt import Interrupt
-from moestro.train.machine import Machine, versions
+from moestro.train.machine import Machine
 from moestro.train.progress import Progress
 from moestro.train.recipe import Recipe
 from moestro.train.state import Checkpoint
@@ -46,7 +46,6 @@ class Surroundings:
         return {
             "corpus": self.corpus.fingerprint,
             "torch": torch.__version__,
-            "numba": versions()["numba"],
             "threads": str(self.machine.threads),
             "device": self.machine.device.type if self.team.size > 1 else str(self.machine.device),
             "precision": self.machine.precision_name,

@@ -10,8 +10,6 @@ from typing import Any
 import numba
 from numba import types
 
-_BY_ADDRESS = types.void(types.voidptr)
-
 
 def sources() -> int:
     """Checksum of the files of this room."""
@@ -21,14 +19,14 @@ def sources() -> int:
     return total
 
 
-def compiled(step: Callable[..., None], signature: Any = _BY_ADDRESS) -> Any:
+def compiled(step: Callable[..., None]) -> Any:
     """Machine code of a step, from numba's cache or for it; only for this process where no cache can be written.
 
     Args:
         step: a function inside a function that took `sources()`: numba compares what it encloses, and of files
             only the one that it stands in.
-        signature: of the step; a record's address alone by default.
     """
+    signature = types.void(types.voidptr)
     try:
         return numba.cfunc(signature, cache=True)(step)
     except RuntimeError as error:
