@@ -2,6 +2,8 @@
 
 import threading
 from collections.abc import Iterator
+from multiprocessing import Pipe, get_context
+from multiprocessing.connection import Connection
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from kernels.test_bank import Case, compare
 from torch import Tensor
 
 from moestro.experts import make_experts
-from moestro.kernels.plan import BATCHES, EXACT, TILES, WASTE, Chunk, make_plan, most_rows
+from moestro.kernels.plan import BATCHES, EXACT, REMEMBERED, TILES, WASTE, Chunk, make_plan, most_rows
 from moestro.kernels.queues import run_chunks, shared_out
 from moestro.kernels.rows import Scratch
 from moestro.routing import SparseRouting
@@ -76,6 +78,52 @@ def test_an_error_in_any_thread_is_raised(two_threads: None, where: str) -> None
     with pytest.raises(ArithmeticError, match="chunk"):
         run_chunks(chunks_of(4, 4), work, torch.zeros(1), {}, threads=2)
     assert torch.get_num_threads() == 2
+
+
+def test_threads_stay_for_the_next_call(two_threads: None) -> None:
+    seen = set()
+    both = threading.Barrier(2, timeout=20)
+
+    def work(chunk: Chunk, scratch: Scratch) -> None:
+        both.wait()
+        seen.add(threading.current_thread())
+
+    run_chunks(chunks_of(4, 4), work, torch.zeros(1), {}, threads=2)
+    assert len(seen) == 2
+    assert all(thread.is_alive() for thread in seen)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_gets_threads_of_its_own(two_threads: None) -> None:
+    def count(done: Connection | None) -> None:
+        rows = []
+        run_chunks(chunks_of(*[4] * 9), lambda chunk, _: rows.append(chunk.start), torch.zeros(1), {}, threads=2)
+        if done is not None:
+            done.send(sorted(rows))
+
+    count(None)  # so that this process has some
+    ours, theirs = Pipe()
+    child = get_context("fork").Process(target=count, args=(theirs,))
+    child.start()
+    try:
+        assert ours.poll(30), "the child waits for threads that only its parent has"
+        assert ours.recv() == [4 * i for i in range(9)]
+    finally:
+        child.kill()
+        child.join()
+
+
+def test_a_backward_gets_the_plan_of_its_forward() -> None:
+    offsets = torch.tensor([0, 3, 3, 9])
+    with torch.inference_mode():
+        forward = make_plan(offsets, BATCHES)
+    assert make_plan(offsets.clone(), BATCHES) is forward
+    assert not forward.place.is_inference()
+    assert make_plan(offsets, BATCHES, threads=2) is not forward
+    assert make_plan(offsets, EXACT) is not forward
+    assert make_plan(torch.tensor([0, 3, 4, 9]), BATCHES) is not forward
+    large = torch.tensor([0, REMEMBERED, REMEMBERED + 1])
+    assert make_plan(large, BATCHES) is not make_plan(large, BATCHES)
 
 
 def a_case(**changes: object) -> Case:

@@ -105,12 +105,15 @@ def sliced(rank: int, _: None) -> dict[str, Any]:
         mesh, transport = Mesh(shape, ranks_per_node=2), Measured()
         layer, _network = _layer(mesh, transport)
         state = torch.get_rng_state()
+        untried = _gradients(_layer(mesh, Linear())[0], lambda run, x: run(x))
         plain = _gradients(layer, lambda run, x: run(x))
         found[name] = [[c.degree, c.way] for c in next(iter(transport.seconds.values()))]
         transport.choices.clear()
         again = _gradients(layer, lambda run, x: checkpoint(run, x, use_reentrant=False))
         (choice, *more) = transport.choices.values()
-        found[f"{name} apart"] = max(float((a - b).abs().max()) for a, b in zip(plain, again, strict=True))
+        found[f"{name} apart"] = max(
+            float((a - b).abs().max()) for each in (plain, again) for a, b in zip(each, untried, strict=True)
+        )
         found[f"{name} chosen"] = [choice.degree, choice.way, len(more)]
         found[f"{name} random"] = torch.equal(state, torch.get_rng_state())
     return found

@@ -14,7 +14,7 @@ from torch import Tensor
 CHUNK = 1024  # rows that are gathered and activated together: they stay in the cache between two products
 CHUNKS_PER_THREAD = 8  # at least, where experts are small enough: so that threads end together
 TILE = 32
-REMEMBERED = 2**15  # rows of a plan that is worth keeping for the backward: larger ones take little of their time
+REMEMBERED = 2**15  # pairs of a plan that is worth keeping for the backward: a larger one takes little of its time
 BATCH = 2048  # rows of a batched chunk at most: a quarter of all rows, but no fewer than half as many as this
 WASTE = 1 / 8  # of the rows of a batched chunk may be there to make its experts equal
 
@@ -154,7 +154,7 @@ def _planned(bounds: tuple[int, ...], rounding: Rounding, threads: int) -> Plan:
     return Plan(chunks, *_places(offsets, counts, range(len(counts)), sizes), rows)
 
 
-_remembered = lru_cache(64)(_planned)  # a backward wants its forward's, of every layer; 32 MB at most
+_remembered = lru_cache(64)(_planned)  # a backward wants its forward's, of every layer; about 40 MB at most
 
 
 def _places(offsets: Tensor, counts: list[int], order: Sequence[int], sizes: list[int]) -> tuple[Tensor, Tensor]:
