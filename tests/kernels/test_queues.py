@@ -95,19 +95,24 @@ def test_threads_stay_for_the_next_call(two_threads: None) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_process_gets_threads_of_its_own(two_threads: None) -> None:
-    def count(done: Connection | None) -> None:
-        rows = []
-        run_chunks(chunks_of(*[4] * 9), lambda chunk, _: rows.append(chunk.start), torch.zeros(1), {}, threads=2)
+    def in_two_threads(done: Connection | None) -> None:
+        rows, both = [], threading.Barrier(2, timeout=20)
+
+        def work(chunk: Chunk, scratch: Scratch) -> None:
+            both.wait()  # one alone breaks it
+            rows.append(chunk.start)
+
+        run_chunks(chunks_of(4, 4), work, torch.zeros(1), {}, threads=2)
         if done is not None:
             done.send(sorted(rows))
 
-    count(None)  # so that this process has some
+    in_two_threads(None)  # so that this process has some
     ours, theirs = Pipe()
-    child = get_context("fork").Process(target=count, args=(theirs,))
+    child = get_context("fork").Process(target=in_two_threads, args=(theirs,))
     child.start()
     try:
-        assert ours.poll(30), "the child waits for threads that only its parent has"
-        assert ours.recv() == [4 * i for i in range(9)]
+        assert ours.poll(30), "only the parent has the threads that the child waits for"
+        assert ours.recv() == [0, 4]
     finally:
         child.kill()
         child.join()
